@@ -1,0 +1,1 @@
+"""Values only: stdlib and numpy, no torch, no Optuna, no runtime."""

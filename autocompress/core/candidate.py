@@ -1,0 +1,133 @@
+"""A candidate: everything that is chosen for one compressed model, and nothing that is measured."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from autocompress.core.errors import InputError
+from autocompress.core.record import to_json
+
+Calibrator = Literal["minmax", "percentile", "mse"]
+WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+ACTIVATION_BITS = (8, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparsity:
+    """Unstructured zeros: the share `ratio` of a layer's smallest weights is set to zero."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise InputError(f"`sparsity` must be in (0, 1), got {self.ratio}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChoice:
+    """What happens to one layer. 32 bits is float; 16-bit weights are float16 in the file, float32 when run."""
+
+    weight_bits: int = 32
+    activation_bits: int = 32
+    sparsity: Sparsity | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in WEIGHT_BITS:
+            raise InputError(f"`weight_bits` must be one of {WEIGHT_BITS}, got {self.weight_bits}")
+        if self.activation_bits not in ACTIVATION_BITS:
+            raise InputError(f"`activation_bits` must be one of {ACTIVATION_BITS}, got {self.activation_bits}")
+        if self.activation_bits < 32 and self.weight_bits > 8:
+            raise InputError(
+                f"{self.precision}: quantized activations need quantized weights, `weight_bits` must be at most 8"
+            )
+
+    @property
+    def precision(self) -> str:
+        """Short name: `fp32`, `w8a8`, `w4a32`."""
+        if self.weight_bits == self.activation_bits == 32:
+            return "fp32"
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+    @property
+    def kernel(self) -> Literal["int8", "float"]:
+        """Class of arithmetic the runtime uses: integer where activations are quantized."""
+        return "int8" if self.activation_bits == 8 else "float"
+
+
+def parse_precision(text: str) -> LayerChoice:
+    """`fp32` or `w<weight bits>a<activation bits>` as a LayerChoice."""
+    if text == "fp32":
+        return LayerChoice()
+    match = re.fullmatch(r"w(\d+)a(\d+)", text)
+    if match is None:
+        raise InputError(f"a precision is 'fp32' or like 'w8a8' (weight and activation bits), got {text!r}")
+    return LayerChoice(weight_bits=int(match[1]), activation_bits=int(match[2]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a candidate is calibrated and recovered."""
+
+    calibrator: Calibrator = "minmax"
+    recover_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.recover_steps < 0:
+            raise InputError(f"`recover_steps` must be at least 0, got {self.recover_steps}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One point of the joint space, in canonical form: only what differs from the original model is listed.
+
+    Attributes:
+        student: width of the user's own student, None for the original topology.
+        widths: channels kept, by coupled group (named after its first layer).
+        layers: choices by layer name; a layer not listed stays float and dense.
+        recipe: calibration and recovery.
+    """
+
+    student: float | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, LayerChoice] = field(default_factory=dict)
+    recipe: Recipe = Recipe()
+
+    def __post_init__(self) -> None:
+        if self.student is not None and not self.student > 0:
+            raise InputError(f"`student` must be a positive width, got {self.student}")
+        for group, width in self.widths.items():
+            if width < 1:
+                raise InputError(f"the width of {group!r} must be at least 1, got {width}")
+        plain = LayerChoice()
+        object.__setattr__(self, "widths", dict(sorted(self.widths.items())))
+        object.__setattr__(self, "layers", {k: v for k, v in sorted(self.layers.items()) if v != plain})
+
+    @property
+    def canonical(self) -> str:
+        """JSON with sorted keys and no spaces: equal candidates have equal text."""
+        return json.dumps(to_json(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical text, hexadecimal."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    @property
+    def weights_key(self) -> str:
+        """Digest of what decides the float weights before quantization: student, widths, recovery."""
+        text = json.dumps([self.student, dict(self.widths), self.recipe.recover_steps])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def kernel_key(self) -> str:
+        """Digest of what decides latency: topology, widths, and the class of kernel of each layer.
+
+        Weight values, bits below the class and sparsity do not change a kernel: files that share this key share
+        a latency on one device.
+        """
+        kernels = {name: choice.kernel for name, choice in self.layers.items() if choice.kernel != "float"}
+        text = json.dumps([self.student, dict(self.widths), kernels])
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,162 @@
+"""A timing is a record, not a number: raw samples in blocks beside those of a reference, with plan and machine.
+
+The unit of evidence is the block: candidate and reference take turns in it, so what slows the machine slows both,
+and the block's ratio of medians is what is left. Statistics are over blocks.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from autocompress.core.errors import InputError
+
+Interval = tuple[float, float]
+
+# Below about 1 % a process's own state (memory layout, clock) moves a ratio more than its blocks show:
+# an interval is never reported narrower than this half-width. Measured in benchmarks/aa.py.
+DRIFT_FLOOR = 0.01
+
+# Two-sided 95 % quantiles of Student's t for 1…30 degrees of freedom.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurePlan:
+    """How long to measure. Stops when both minimums are met and the interval is narrow, or at the maximum.
+
+    Attributes:
+        warmup_runs, warmup_s: both are met before the first sample.
+        turn_s: how long one artifact runs in one turn of a block.
+        min_blocks, max_duration_s: at least so many blocks, at most so many seconds (never fewer than 3 blocks).
+        target_ci: relative half-width of the ratio's 95 % interval at which measuring may stop.
+        threads: threads the runtime may use; with one, time is taken on the process-CPU clock, which a busy
+            machine disturbs far less than the wall clock.
+        processes: fresh processes over which a front is measured before it is published.
+        timeout_s: a job that takes longer is a failure.
+    """
+
+    warmup_runs: int = 10
+    warmup_s: float = 0.05
+    turn_s: float = 0.006
+    min_blocks: int = 8
+    max_duration_s: float = 1.5
+    target_ci: float = 0.02
+    threads: int = 1
+    processes: int = 3
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("turn_s", "max_duration_s", "target_ci", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"`{name}` must be positive, got {getattr(self, name)}")
+        for name in ("threads", "processes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.min_blocks < 3:
+            raise InputError(f"`min_blocks` must be at least 3 for an interval, got {self.min_blocks}")
+        if self.warmup_runs < 1 or self.warmup_s < 0:
+            raise InputError(f"warm-up must be at least one run, got {self.warmup_runs} runs, {self.warmup_s} s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What a machine says of itself; `facts` is flat text: cpu_model, cores, flags, memory, os, runtime versions."""
+
+    facts: Mapping[str, str]
+
+    @property
+    def label(self) -> str:
+        """One line for people."""
+        keys = ("cpu_model", "cores", "os", "runtime")
+        return ", ".join(self.facts[k] for k in keys if k in self.facts)
+
+    def changes(self, other: "Fingerprint") -> dict[str, tuple[str | None, str | None]]:
+        """Facts that differ, as name → (here, there)."""
+        names = sorted(self.facts.keys() | other.facts.keys())
+        pairs = {n: (self.facts.get(n), other.facts.get(n)) for n in names}
+        return {n: pair for n, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Latency of one artifact against a reference, raw.
+
+    Attributes:
+        samples: for each block, milliseconds per inference of the artifact.
+        reference: for each block, milliseconds per inference of the reference, taken in the same block.
+        processes: for each block, the number of the fresh process it was taken in.
+        clock: `process_cpu` (one thread) or `wall`.
+    """
+
+    artifact_sha256: str
+    reference_sha256: str
+    samples: tuple[tuple[float, ...], ...]
+    reference: tuple[tuple[float, ...], ...]
+    processes: tuple[int, ...]
+    clock: Literal["process_cpu", "wall"]
+    plan: MeasurePlan
+    fingerprint: Fingerprint = field(default_factory=lambda: Fingerprint(facts={}))
+
+    def __post_init__(self) -> None:
+        if not len(self.samples) == len(self.reference) == len(self.processes):
+            raise InputError(
+                f"blocks must line up, got {len(self.samples)}, {len(self.reference)} and {len(self.processes)}"
+            )
+        if len(self.samples) < 3:
+            raise InputError(f"an interval needs at least 3 blocks, got {len(self.samples)}")
+        if any(not block or min(block) <= 0 for block in (*self.samples, *self.reference)):
+            raise InputError("every block must hold positive durations")
+
+    @property
+    def log_ratios(self) -> tuple[float, ...]:
+        """For each block, log of artifact's median over reference's median."""
+        pairs = zip(self.samples, self.reference, strict=True)
+        return tuple(math.log(statistics.median(a) / statistics.median(r)) for a, r in pairs)
+
+    @property
+    def ratio(self) -> float:
+        """Latency over the reference's: the median block; with several processes, the mean of their medians."""
+        return math.exp(statistics.fmean(self._by_process()))
+
+    @property
+    def ratio_ci(self) -> Interval:
+        """95 % interval of the ratio: Student's t over blocks, not narrower than DRIFT_FLOOR on either side, and
+        stretched over the medians of all processes it was measured in.
+        """
+        centre, half = math.log(self.ratio), max(half_width(self.log_ratios), DRIFT_FLOOR)
+        medians = self._by_process()
+        return math.exp(min(centre - half, *medians)), math.exp(max(centre + half, *medians))
+
+    @property
+    def reference_ms(self) -> float:
+        """Median of the reference's samples, milliseconds."""
+        return statistics.median(s for block in self.reference for s in block)
+
+    @property
+    def measured_ms(self) -> float:
+        """Median of the artifact's own samples, milliseconds, as the clock read them at that moment."""
+        return statistics.median(s for block in self.samples for s in block)
+
+    def _by_process(self) -> list[float]:
+        logs = self.log_ratios
+        numbers = sorted(set(self.processes))
+        return [statistics.median(x for x, p in zip(logs, self.processes, strict=True) if p == n) for n in numbers]
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half-width of the 95 % interval of the mean of `values` (Student's t), infinite for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return math.inf
+    t = _T95[n - 2] if n - 1 <= len(_T95) else 1.96 + 2.4 / (n - 1)
+    return t * statistics.stdev(values) / math.sqrt(n)
+
+
+def separated(fast: Interval, slow: Interval) -> bool:
+    """Whether `fast` lies wholly below `slow`: only then is one called faster than the other."""
+    return fast[1] < slow[0]

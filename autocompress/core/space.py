@@ -1,0 +1,285 @@
+"""The joint search space: rules a user writes, and the variables they become for one model on one device.
+
+A variable is a name with a finite, ordered tuple of choices. Precision is chosen for the model's blocks, with an
+override per layer, because contiguous integer regions are what runs fast. Widths are chosen per coupled group,
+because channels that meet in an addition or a concatenation can only be cut together.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from autocompress.core.candidate import Calibrator, Candidate, LayerChoice, Recipe, Sparsity, parse_precision
+from autocompress.core.errors import ConfigError, unknown
+from autocompress.core.profile import Profile
+
+Choice = str | int | float
+Values = Mapping[str, Choice]
+Kind = Literal["conv1d", "conv2d", "linear", "embedding"]
+KINDS: tuple[str, ...] = ("conv1d", "conv2d", "linear", "embedding")
+INHERIT = "block"
+_FORBID = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A compressible layer of the user's model. `shape` is its weight's."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    block: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Channels that can only be cut together; named after the first layer that produces them.
+
+    Attributes:
+        width: channels of the original model.
+        step: widths are multiples of this (groups of a grouped convolution, say).
+        layers: the layers whose weights shrink with it.
+    """
+
+    name: str
+    width: int
+    step: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """What of a model can be compressed, and what is left alone and why, by name."""
+
+    layers: tuple[Layer, ...]
+    groups: tuple[Group, ...]
+    left_alone: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRule:
+    """Choices for the layers that match: `name` is a glob, `kind` a list; of several rules the last one wins."""
+
+    name: str = "*"
+    kind: tuple[Kind, ...] = ()
+    precisions: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+
+    __pydantic_config__ = _FORBID
+
+    def __post_init__(self) -> None:
+        for text in self.precisions or ():
+            parse_precision(text)
+        for ratio in self.sparsities or ():
+            if not 0 <= ratio < 1:
+                raise ConfigError(f"`sparsities` must be in [0, 1), got {ratio}")
+
+    def matches(self, layer: Layer) -> bool:
+        """Whether the rule speaks of this layer."""
+        return fnmatch.fnmatchcase(layer.name, self.name) and (not self.kind or layer.kind in self.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthRule:
+    """Ratios of the original width for the groups that match, rounded to the profile's multiple."""
+
+    name: str = "*"
+    ratios: tuple[float, ...]
+
+    __pydantic_config__ = _FORBID
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            if not 0 < ratio <= 1:
+                raise ConfigError(f"`ratios` must be in (0, 1], got {ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceRules:
+    """What a YAML file in search_spaces/ says.
+
+    Attributes:
+        precision_by: one precision per `block` with an override per layer, one per `layer`, or one per `model`.
+        layers, widths: rules; of those that match the last one wins.
+        students: widths of the user's `student(width)`; only used where the task has one.
+        calibrators: ways to find activation ranges.
+    """
+
+    name: str
+    description: str
+    precision_by: Literal["block", "layer", "model"] = "block"
+    layers: tuple[LayerRule, ...] = ()
+    widths: tuple[WidthRule, ...] = ()
+    students: tuple[float, ...] = ()
+    calibrators: tuple[Calibrator, ...] = ("minmax",)
+
+    __pydantic_config__ = _FORBID
+
+    def __post_init__(self) -> None:
+        if not self.calibrators:
+            raise ConfigError("`calibrators` must name at least one of minmax, percentile, mse")
+        for width in self.students:
+            if not width > 0:
+                raise ConfigError(f"`students` must be positive widths, got {width}")
+
+    def resolve(self, structure: Structure, profile: Profile, *, has_student: bool = False) -> "Space":
+        """The variables for this model on this device.
+
+        Raises:
+            ConfigError: a rule names a layer or a group that the model does not have.
+        """
+        self._check_names(structure)
+        dropped: dict[str, str] = {}
+        precisions, sparsities = {}, {}
+        for layer in structure.layers:
+            rule = _last([r for r in self.layers if r.matches(layer)], "precisions")
+            wanted = dict.fromkeys(["fp32", *(rule or ())] if rule is None else rule)
+            allowed = tuple(p for p in wanted if profile.allows(layer.kind, p))
+            for p in wanted:
+                if p not in allowed:
+                    dropped[f"{p} for {layer.kind} layers"] = f"profile {profile.name} does not list it as paying there"
+            precisions[layer.name] = allowed or ("fp32",)
+            sparsities[layer.name] = _last([r for r in self.layers if r.matches(layer)], "sparsities") or (0.0,)
+        widths = {
+            g.name: choices
+            for g in structure.groups
+            if len(choices := _width_choices(g, self.widths, profile.width_multiple)) > 1
+        }
+        return Space(
+            structure=structure,
+            precision_by=self.precision_by,
+            precisions=precisions,
+            sparsities=sparsities,
+            widths=widths,
+            students=self.students if has_student else (),
+            calibrators=self.calibrators,
+            dropped=dropped,
+        )
+
+    def _check_names(self, structure: Structure) -> None:
+        layers = {layer.name for layer in structure.layers}
+        groups = {group.name for group in structure.groups}
+        for rules, names, what in ((self.layers, layers, "layer"), (self.widths, groups, "channel group")):
+            for rule in rules:
+                if rule.name != "*" and not fnmatch.filter(names, rule.name):
+                    raise ConfigError(f"space {self.name!r}: {unknown(what, rule.name, names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The variables of one search.
+
+    Attributes:
+        precisions, sparsities: allowed choices by layer.
+        widths: allowed widths by group, descending, the original first.
+        dropped: choices the rules ask for and the device does not pay for, with the reason.
+    """
+
+    structure: Structure
+    precision_by: Literal["block", "layer", "model"]
+    precisions: Mapping[str, tuple[str, ...]]
+    sparsities: Mapping[str, tuple[float, ...]]
+    widths: Mapping[str, tuple[int, ...]]
+    students: tuple[float, ...]
+    calibrators: tuple[Calibrator, ...]
+    dropped: Mapping[str, str]
+
+    @property
+    def variables(self) -> dict[str, tuple[Choice, ...]]:
+        """All variables with more than one choice, by name."""
+        found: dict[str, tuple[Choice, ...]] = {}
+        if self.students:
+            found["student"] = (0.0, *self.students)
+        found |= {f"width:{group}": choices for group, choices in self.widths.items()}
+        members = self._members()
+        for block, names in members.items():
+            found[f"precision:{block}"] = _union(self.precisions[n] for n in names)
+            found[f"sparsity:{block}"] = _union(self.sparsities[n] for n in names)
+            if self.precision_by == "block" and len(names) > 1:
+                found |= {f"layer:{n}": (INHERIT, *self.precisions[n]) for n in names if len(self.precisions[n]) > 1}
+        found["calibrator"] = self.calibrators
+        return {name: choices for name, choices in found.items() if len(choices) > 1}
+
+    def decode(self, values: Values, *, recover_steps: int = 0) -> Candidate:
+        """The candidate that `values` means; a variable not given takes its first choice."""
+        student = float(values.get("student", 0.0)) or None
+        layers: dict[str, LayerChoice] = {}
+        for block, names in self._members().items():
+            shared = values.get(f"precision:{block}")
+            for name in names:
+                own = values.get(f"layer:{name}", INHERIT)
+                picked = str(shared if own == INHERIT else own)
+                precision = picked if picked in self.precisions[name] else self.precisions[name][0]
+                ratio = float(values.get(f"sparsity:{block}", 0.0))
+                choice = parse_precision(precision)
+                layers[name] = LayerChoice(
+                    weight_bits=choice.weight_bits,
+                    activation_bits=choice.activation_bits,
+                    sparsity=Sparsity(ratio=ratio) if ratio in self.sparsities[name] and ratio > 0 else None,
+                )
+        widths = {g: int(values[f"width:{g}"]) for g in self.widths if f"width:{g}" in values}
+        full = {g.name: g.width for g in self.structure.groups}
+        integer = any(choice.kernel == "int8" for choice in layers.values())
+        calibrator = values.get("calibrator", self.calibrators[0]) if integer else "minmax"
+        return Candidate(
+            student=student,
+            widths={} if student else {g: w for g, w in widths.items() if w != full[g]},
+            layers=layers,
+            recipe=Recipe(calibrator=_calibrator(calibrator), recover_steps=recover_steps),
+        )
+
+    def uniform(self, precision: str, width_ratio: float = 1.0, sparsity: float = 0.0) -> dict[str, Choice]:
+        """Values for one policy everywhere: `precision` where allowed, widths nearest to `width_ratio`."""
+        values: dict[str, Choice] = {}
+        for name, choices in self.variables.items():
+            kind, _, rest = name.partition(":")
+            if kind == "precision":
+                values[name] = precision if precision in choices else choices[0]
+            elif kind == "width":
+                target = width_ratio * self.widths[rest][0]
+                values[name] = min(self.widths[rest], key=lambda w: abs(w - target))
+            elif kind == "sparsity":
+                values[name] = min(self.sparsity_choices(rest), key=lambda s: abs(s - sparsity))
+            else:
+                values[name] = choices[0]
+        return values
+
+    def sparsity_choices(self, block: str) -> tuple[float, ...]:
+        """The sparsities of a block's layers."""
+        return tuple(float(s) for s in _union(self.sparsities[n] for n in self._members()[block]))
+
+    def _members(self) -> dict[str, list[str]]:
+        blocks: dict[str, list[str]] = {}
+        for layer in self.structure.layers:
+            key = {"model": "all", "layer": layer.name, "block": layer.block}[self.precision_by]
+            blocks.setdefault(key, []).append(layer.name)
+        return blocks
+
+
+def _calibrator(value: object) -> Calibrator:
+    if value == "minmax" or value == "percentile" or value == "mse":
+        return value
+    raise ConfigError(unknown("calibrator", str(value), ("minmax", "percentile", "mse")))
+
+
+def _last(rules: Sequence[LayerRule], attribute: str) -> tuple[object, ...] | None:
+    given = [value for rule in rules if (value := getattr(rule, attribute)) is not None]
+    return given[-1] if given else None
+
+
+def _union(choices: object) -> tuple[Choice, ...]:
+    return tuple(dict.fromkeys(c for group in choices for c in group))  # type: ignore[attr-defined]
+
+
+def _width_choices(group: Group, rules: Sequence[WidthRule], multiple: int) -> tuple[int, ...]:
+    matching = [r for r in rules if fnmatch.fnmatchcase(group.name, r.name)]
+    if not matching:
+        return (group.width,)
+    step = max(group.step, multiple) if multiple % group.step == 0 or group.step % multiple == 0 else group.step
+    found = {group.width}
+    for ratio in matching[-1].ratios:
+        width = step * max(1, round(ratio * group.width / step))
+        if width < group.width:
+            found.add(width)
+    return tuple(sorted(found, reverse=True))

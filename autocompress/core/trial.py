@@ -1,0 +1,83 @@
+"""What became of a candidate: a score, or a failure with its stage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from autocompress.core.artifact import Artifact
+from autocompress.core.candidate import Candidate
+from autocompress.core.errors import InputError
+from autocompress.core.measurement import Interval, Measurement
+
+SCHEMA = 1
+Role = Literal["candidate", "fp32", "uniform-int8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Figures of one artifact. What was not measured is None, and `reasons` says why, by field name.
+
+    Attributes:
+        accuracy: the task's metric over validation, of the exported file in its runtime.
+        accuracy_ci: 95 % paired bootstrap interval: fp32's accuracy plus the interval of the difference to it on
+            the same items.
+        test_accuracy: the metric on the test split; members of a finished front only.
+        latency_ms: ratio to fp32 × fp32's latency in this run, milliseconds per inference at batch 1.
+        ratio, ratio_ci: latency over fp32's, from interleaved blocks.
+        size_bytes: size of the file.
+        peak_memory_bytes: high-water mark of a fresh process that loads and runs the file, less what the runtime
+            itself took before.
+        executed: precision that really ran, by layer, read back from the runtime.
+    """
+
+    accuracy: float
+    latency_ms: float
+    latency_ms_ci: Interval
+    ratio: float
+    ratio_ci: Interval
+    size_bytes: int
+    accuracy_ci: Interval | None = None
+    test_accuracy: float | None = None
+    peak_memory_bytes: int | None = None
+    energy_mj: float | None = None
+    executed: Mapping[str, str] | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("accuracy_ci", "test_accuracy", "peak_memory_bytes", "energy_mj", "executed"):
+            if getattr(self, name) is None and name not in self.reasons:
+                raise InputError(f"`{name}` is null without a reason")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A candidate that could not be scored: in which stage, and what was said."""
+
+    stage: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One evaluated candidate.
+
+    Attributes:
+        artifact: the file, path relative to the run; None when it was never written.
+        measurement: raw timing; None when the latency came from the trial `latency_from` of equal kernels.
+        seconds: where the time went, by stage.
+    """
+
+    number: int
+    role: Role
+    candidate: Candidate
+    outcome: Score | Failure
+    artifact: Artifact | None = None
+    measurement: Measurement | None = None
+    latency_from: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def score(self) -> Score | None:
+        """The score, None for a failure."""
+        return self.outcome if isinstance(self.outcome, Score) else None

@@ -1,0 +1,1 @@
+"""Proposing candidates: the only folder that imports Optuna."""
