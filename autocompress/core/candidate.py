@@ -117,8 +117,9 @@ class Candidate:
 
     @property
     def weights_key(self) -> str:
-        """Digest of what decides the float weights before quantization: student, widths, recovery."""
-        text = json.dumps([self.student, dict(self.widths), self.recipe.recover_steps])
+        """Digest of what decides the float weights before quantization: student, widths, sparsity, recovery."""
+        sparse = {name: choice.sparsity.ratio for name, choice in self.layers.items() if choice.sparsity}
+        text = json.dumps([self.student, dict(self.widths), sparse, self.recipe.recover_steps])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -6,14 +6,15 @@ because channels that meet in an addition or a concatenation can only be cut tog
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from autocompress.core.candidate import Calibrator, Candidate, LayerChoice, Recipe, Sparsity, parse_precision
 from autocompress.core.errors import ConfigError, unknown
 from autocompress.core.profile import Profile
 
+T = TypeVar("T")
 Choice = str | int | float
 Values = Mapping[str, Choice]
 Kind = Literal["conv1d", "conv2d", "linear", "embedding"]
@@ -131,16 +132,17 @@ class SpaceRules:
         """
         self._check_names(structure)
         dropped: dict[str, str] = {}
-        precisions, sparsities = {}, {}
+        precisions: dict[str, tuple[str, ...]] = {}
+        sparsities: dict[str, tuple[float, ...]] = {}
         for layer in structure.layers:
-            rule = _last([r for r in self.layers if r.matches(layer)], "precisions")
-            wanted = dict.fromkeys(["fp32", *(rule or ())] if rule is None else rule)
-            allowed = tuple(p for p in wanted if profile.allows(layer.kind, p))
+            rules = [r for r in self.layers if r.matches(layer)]
+            wanted = next((r.precisions for r in reversed(rules) if r.precisions is not None), ("fp32",))
             for p in wanted:
-                if p not in allowed:
+                if not profile.allows(layer.kind, p):
                     dropped[f"{p} for {layer.kind} layers"] = f"profile {profile.name} does not list it as paying there"
+            allowed = tuple(dict.fromkeys(p for p in wanted if profile.allows(layer.kind, p)))
             precisions[layer.name] = allowed or ("fp32",)
-            sparsities[layer.name] = _last([r for r in self.layers if r.matches(layer)], "sparsities") or (0.0,)
+            sparsities[layer.name] = next((r.sparsities for r in reversed(rules) if r.sparsities is not None), (0.0,))
         widths = {
             g.name: choices
             for g in structure.groups
@@ -247,7 +249,7 @@ class Space:
 
     def sparsity_choices(self, block: str) -> tuple[float, ...]:
         """The sparsities of a block's layers."""
-        return tuple(float(s) for s in _union(self.sparsities[n] for n in self._members()[block]))
+        return _union(self.sparsities[n] for n in self._members()[block])
 
     def _members(self) -> dict[str, list[str]]:
         blocks: dict[str, list[str]] = {}
@@ -263,13 +265,8 @@ def _calibrator(value: object) -> Calibrator:
     raise ConfigError(unknown("calibrator", str(value), ("minmax", "percentile", "mse")))
 
 
-def _last(rules: Sequence[LayerRule], attribute: str) -> tuple[object, ...] | None:
-    given = [value for rule in rules if (value := getattr(rule, attribute)) is not None]
-    return given[-1] if given else None
-
-
-def _union(choices: object) -> tuple[Choice, ...]:
-    return tuple(dict.fromkeys(c for group in choices for c in group))  # type: ignore[attr-defined]
+def _union(choices: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(c for group in choices for c in group))
 
 
 def _width_choices(group: Group, rules: Sequence[WidthRule], multiple: int) -> tuple[int, ...]:

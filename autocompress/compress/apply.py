@@ -1,0 +1,100 @@
+"""A candidate applied to the user's model: cut, silence weights, settle BatchNorm, recover. The original stays."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocompress.compress.recover import recover
+from autocompress.compress.width import ChannelGroup, cut_widths
+from autocompress.core.candidate import Candidate
+from autocompress.core.errors import StageError
+
+Batch = Mapping[str, torch.Tensor]
+Call = Callable[[nn.Module, Batch], Any]
+
+
+def apply(
+    candidate: Candidate,
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    call: Call,
+    *,
+    student: Callable[[float], nn.Module] | None = None,
+    settle: Callable[[], Iterable[Batch]],
+    train: Callable[[], Iterator[Batch]],
+    classifies: bool = True,
+) -> nn.Module:
+    """The float model a candidate means, before quantization, in eval mode.
+
+    Args:
+        candidate: bits are not looked at here; they belong to the export.
+        model: the original, also the teacher of recovery.
+        call: runs a model on a batch.
+        student: the user's own smaller topology.
+        settle: batches on which BatchNorm statistics are estimated anew.
+        train: endless training batches, used when the recipe recovers.
+        classifies: whether the first output holds class logits (distilled by KL divergence, else by squared error).
+    """
+    if candidate.student is None:
+        compressed = cut_widths(model, groups, candidate.widths)
+    elif student is None:
+        raise StageError("compress", f"the candidate wants a student of width {candidate.student}, the task has none")
+    else:
+        compressed = student(candidate.student)
+    masks = sparsity_masks(compressed, candidate)
+    hold(compressed, masks)
+    if candidate.widths or candidate.student is not None:
+        settle_batchnorm(compressed, call, settle())
+    if candidate.recipe.recover_steps:
+        recover(
+            compressed,
+            model,
+            call,
+            train(),
+            steps=candidate.recipe.recover_steps,
+            classifies=classifies,
+            after_step=lambda: hold(compressed, masks),
+        )
+    return compressed.eval()
+
+
+def sparsity_masks(model: nn.Module, candidate: Candidate) -> dict[str, torch.Tensor]:
+    """For each layer to be sparse, which weights stay: all but the smallest share by magnitude."""
+    masks = {}
+    for name, choice in candidate.layers.items():
+        if choice.sparsity is None:
+            continue
+        weight = model.get_submodule(name).get_parameter("weight").detach()
+        keep = torch.ones(weight.numel(), dtype=torch.bool)
+        gone = int(choice.sparsity.ratio * weight.numel())
+        keep[weight.abs().flatten().argsort(stable=True)[:gone]] = False
+        masks[name] = keep.view_as(weight)
+    return masks
+
+
+def hold(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    """Set the weights outside the masks to zero."""
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_submodule(name).get_parameter("weight").mul_(mask)
+
+
+def settle_batchnorm(model: nn.Module, call: Call, batches: Iterable[Batch]) -> None:
+    """Estimate BatchNorm's mean and variance anew as plain averages over `batches`; weights do not change."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            call(model, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
