@@ -1,0 +1,288 @@
+"""Search for compressed models of a task on a target: what a user calls, and what a worker process runs."""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocompress.core.errors import InputError, RunError, TargetError
+from autocompress.core.front import Limits, parse_objectives
+from autocompress.core.profile import Profile
+from autocompress.core.space import SpaceRules
+from autocompress.loop import Budget, CandidateEvaluator, Session, require_fp32, seeds
+from autocompress.progress import Progress, Silent, open_progress
+from autocompress.run import Fidelity, Run, RunConfig, library_versions, open_run, utc_now
+from autocompress.signals import Interrupted, Signals
+from autocompress.workers import PARENT_VARIABLE, Workers
+
+if TYPE_CHECKING:
+    from autocompress.optimize.study import Study
+    from autocompress.task import CheckedTask, Task
+
+__all__ = ["Interrupted", "search", "worker"]
+
+# What a resumed search must share with its run: trials made under other terms are not comparable.
+TERMS = ("task_name", "profile", "rules", "objectives", "limits", "fidelity", "recover_steps")
+
+
+def search(
+    task: "Task | str",
+    target: Profile | Path | str,
+    *,
+    space: SpaceRules | Path | str = "default",
+    trials: int | None = 100,
+    timeout: float | None = None,
+    objectives: Sequence[str] = ("accuracy", "latency"),
+    limits: Limits | None = None,
+    fidelity: Fidelity = "oneshot",
+    recover_steps: int = 0,
+    storage: str | None = None,
+    study: str | None = None,
+    workers: int = 1,
+    on: str = "local",
+    seed: int = 0,
+    out: Path | str | None = None,
+    resume: bool = False,
+    progress: Progress | bool | None = None,
+) -> Run:
+    """Search until the budget is spent, measure the front again, and return the run.
+
+    The fp32 model and the runtime's own uniform INT8 are trials 0 and 1; every finished trial is durable at once.
+    SIGINT (Ctrl-C) and SIGTERM abandon the evaluation that is running, keep everything finished, skip the last
+    measuring of the front, and raise Interrupted, which carries the run; a second signal ends the process at once.
+
+    Args:
+        task: a Task, or a reference to one (built-in name, `file.py`, `file.py:name`, `module:name`).
+        target: a profile, its name or its file.
+        space: search-space rules, their name or file.
+        trials: trials in the record at which to end, baselines and failures counted; None where only time ends it.
+        timeout: seconds after which no trial is begun; the last measuring of the front comes on top.
+        objectives: accuracy, latency, and optionally size, memory, energy.
+        limits: steer the search towards what meets them; the front holds the rest too.
+        fidelity, recover_steps: with `recover` each candidate is trained for so many steps.
+        storage: database URL for the record; default is SQLite in the run. It is kept in run.json as given.
+        study: name in the storage; default is the run's directory name.
+        workers: processes that share the search on this machine; more than one needs `task` as a reference.
+        on: where the device is; only `local` so far.
+        seed: of sampling.
+        out: directory of the run; default is runs/<task>-<target>-<UTC time>.
+        resume: continue the run in `out` under the same terms.
+        progress: True shows it on stderr; an object of one's own is told; default is silence.
+
+    Raises:
+        InputError: bad arguments, or a task, profile, space or run that is not what it must be.
+        TargetError: target or runtime is not usable here, or fp32 fails on it.
+        Interrupted: stopped by a signal.
+    """
+    from autocompress.config import load_profile, load_space
+    from autocompress.task import check_task, load_task
+
+    _check_arguments(trials, timeout, workers, on, fidelity, recover_steps)
+    parse_objectives(objectives)
+    profile = target if isinstance(target, Profile) else load_profile(str(target))
+    rules = space if isinstance(space, SpaceRules) else load_space(str(space))
+    reference = task if isinstance(task, str) else None
+    if workers > 1 and reference is None:
+        raise InputError("workers > 1 needs the task as a reference, such as 'task.py': each process loads it anew")
+    _check_runtime(profile)
+    checked = check_task(load_task(task) if isinstance(task, str) else task)
+    if out is None:
+        if resume:
+            raise InputError("`resume` needs `out`: the run to continue")
+        out = Path("runs") / f"{checked.task.name}-{profile.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    config = RunConfig(
+        task=reference,
+        task_name=checked.task.name,
+        profile=profile,
+        rules=rules,
+        objectives=tuple(objectives),
+        limits=limits or Limits(),
+        fidelity=fidelity,
+        recover_steps=recover_steps,
+        seed=seed,
+        trials=trials,
+        timeout_s=timeout,
+        storage=storage,
+        study=study or Path(out).resolve().name,
+        versions=library_versions(),
+        created=utc_now(),
+    )
+    run = _resumed(out, config) if resume else _created(out, config)
+    shown = open_progress() if progress is True else progress or Silent()
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    budget = Budget(trials=trials, deadline=deadline)
+    try:
+        with run.lock(), Signals().installed() as signals:
+            shown.stage(f"preparing {run.config.task_name} for {profile.name}")
+            with _evaluator(checked, run) as evaluator:
+                conduct(evaluator, run, budget=budget, progress=shown, signals=signals, workers=workers)
+    except Interrupted as stop:
+        stop.run = run
+        raise
+    finally:
+        shown.close()
+    return run
+
+
+def conduct(
+    evaluator: CandidateEvaluator,
+    run: Run,
+    *,
+    budget: Budget,
+    progress: Progress,
+    signals: Signals,
+    workers: int = 1,
+) -> None:
+    """A whole search with an evaluator that is ready: baselines, exploration by all workers, the front again."""
+    with _open_study(evaluator, run, offset=0) as study:
+        session = Session(evaluator, run, study, budget=budget, progress=progress, signals=signals)
+        run.log("run_started", trials=budget.trials, workers=workers, known=len(study), versions=library_versions())
+        try:
+            session.baselines()
+            with Workers(run, workers - 1, budget) as others:
+                reason = session.explore(seeds(evaluator.space)[::workers], others.check)
+                others.join()
+            if run.final() is None:
+                session.finalise()
+        except Interrupted as stop:
+            session.ended(f"{stop}; the front was not measured again")
+            raise
+        session.ended(reason)
+
+
+def worker(
+    storage: str,
+    study: str,
+    *,
+    index: int | None = None,
+    of: int = 1,
+    trials: int | None = None,
+    timeout: float | None = None,
+) -> Run:
+    """Join the search whose record is `study` in `storage`: it says where its run is. Ends with the budget.
+
+    Args:
+        index, of: this is worker `index` of `of` that divide the seeds; None takes none of them.
+        trials, timeout: budget; default is the run's own number of trials, and no time.
+
+    Raises:
+        RunError: there is no such study, or its run is not reachable from here, or it has no fp32 baseline yet.
+        Interrupted: stopped by a signal.
+    """
+    from autocompress.optimize.record import read_attributes
+    from autocompress.task import check_task, load_task
+
+    attributes = read_attributes(storage, study)
+    if "run" not in attributes:
+        raise RunError(f"the study {study!r} names no run: it was not made by `autocompress search`")
+    run = open_run(attributes["run"])
+    if run.config.task is None:
+        raise RunError(f"{run.path} was started in Python with a Task, not a reference: no other process can load it")
+    parent = os.environ.get(PARENT_VARIABLE)
+    budget = Budget(
+        trials=run.config.trials if trials is None else trials,
+        deadline=math.inf if timeout is None else time.monotonic() + timeout,
+        parent=None if parent is None else int(parent),
+    )
+    try:
+        with Signals().installed() as signals, _evaluator(check_task(load_task(run.config.task)), run) as evaluator:
+            contribute(evaluator, run, budget=budget, signals=signals, index=index, of=of)
+    except Interrupted as stop:
+        stop.run = run
+        raise
+    return run
+
+
+def contribute(
+    evaluator: CandidateEvaluator, run: Run, *, budget: Budget, signals: Signals, index: int | None, of: int
+) -> None:
+    """A worker's part with an evaluator that is ready: its share of the seeds, then what the study proposes."""
+    with _open_study(evaluator, run, offset=os.getpid() if index is None else index) as study:
+        require_fp32(study)
+        session = Session(evaluator, run, study, budget=budget, progress=Silent(), signals=signals)
+        try:
+            session.ended(session.explore([] if index is None else seeds(evaluator.space)[index::of]))
+        except Interrupted as stop:
+            session.ended(str(stop))
+            raise
+
+
+@contextlib.contextmanager
+def _evaluator(task: "CheckedTask", run: Run) -> Iterator[CandidateEvaluator]:
+    from autocompress.device.hosts import LocalHost
+    from autocompress.evaluate import Evaluator
+
+    config = run.config
+    with LocalHost(config.profile) as host, Evaluator(task, run, config.profile, config.rules, host) as evaluator:
+        yield evaluator
+
+
+def _open_study(evaluator: CandidateEvaluator, run: Run, *, offset: int) -> "Study":
+    from autocompress.optimize.study import Study
+
+    space, config = evaluator.space, run.config
+    return Study(
+        run.storage,
+        config.study,
+        config.objectives,
+        space.variables,
+        digest=lambda values: space.decode(values, recover_steps=config.recover_steps).digest,
+        seed=config.seed + offset,
+        attributes={"run": str(run.path)},
+    )
+
+
+def _check_arguments(
+    trials: int | None, timeout: float | None, workers: int, on: str, fidelity: str, recover_steps: int
+) -> None:
+    if trials is None and timeout is None:
+        raise InputError("a search needs an end: give `trials`, `timeout` or both")
+    if trials is not None and trials < 1:
+        raise InputError(f"`trials` must be at least 1, got {trials}")
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"`timeout` must be positive seconds, got {timeout}")
+    if workers < 1:
+        raise InputError(f"`workers` must be at least 1, got {workers}")
+    if fidelity not in ("oneshot", "recover"):
+        raise InputError(f"`fidelity` must be 'oneshot' or 'recover', got {fidelity!r}")
+    if (fidelity == "recover") != (recover_steps > 0):
+        raise InputError(
+            f"fidelity {fidelity!r} does not go with {recover_steps} recover steps: "
+            "'recover' needs at least 1, 'oneshot' takes none"
+        )
+    if on != "local":
+        raise TargetError(f"`on` = {on!r} is not usable: this version measures on 'local' only")
+
+
+def _check_runtime(profile: Profile) -> None:
+    from autocompress.device.runtime import get_runtime
+
+    found = get_runtime(profile.runtime).available()
+    if not found.usable:
+        raise TargetError(f"runtime {profile.runtime!r} of {profile.name!r} is not usable: {found.reason}")
+
+
+def _created(out: Path | str, config: RunConfig) -> Run:
+    if config.storage is not None:
+        from autocompress.optimize.record import count_trials
+
+        if count_trials(config.storage, config.study):
+            raise RunError(f"the storage has a study {config.study!r} already: resume its run, or name another study")
+    return Run.create(out, config)
+
+
+def _resumed(out: Path | str, config: RunConfig) -> Run:
+    run = open_run(out)
+    if config.storage not in (None, run.config.storage):
+        raise RunError(f"{out} has its record elsewhere than in the storage given: leave `storage` out when resuming")
+    for name in TERMS:
+        before, now = getattr(run.config, name), getattr(config, name)
+        if before != now:
+            shown: tuple[Any, Any] = (getattr(before, "name", before), getattr(now, "name", now))
+            if shown[0] == shown[1]:
+                raise RunError(f"{out} was started with another version of {name.replace('_', ' ')} {shown[0]!r}")
+            raise RunError(f"{out} was started with `{name}` = {shown[0]!r}, not {shown[1]!r}: resume it with the same")
+    return run
