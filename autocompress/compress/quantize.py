@@ -1,0 +1,89 @@
+"""Rounding of weights, and ranges of activations.
+
+Weights are symmetric, per output channel; activations are asymmetric, per tensor, and always contain zero, so that
+padding and ReLU are exact (Jacob et al., 2018; Krishnamoorthi, 2018).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.core.candidate import Calibrator
+from autocompress.core.errors import StageError
+
+PERCENTILE = 99.99
+_SHRINKS = np.linspace(1.0, 0.4, 25)
+_SMALLEST_SCALE = 1e-9  # a channel of zeros would divide by zero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationStats:
+    """What calibration saw of one tensor: true extremes and an evenly spaced sample of its values."""
+
+    low: float
+    high: float
+    sample: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationScale:
+    """uint8 affine quantization: real = scale · (q − zero_point)."""
+
+    scale: float
+    zero_point: int
+
+
+def quantize_weight(
+    weight: NDArray[np.float32], bits: int, axis: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round `weight` to signed integers of `bits` bits with one scale per index of `axis`.
+
+    At 8 bits the scale is the largest magnitude over 127. Below, where clipping a few weights pays, it is the one of
+    25 smaller scales with the least squared error for that channel.
+
+    Returns:
+        int8 array of the same shape, and scales of shape (channels,).
+    """
+    top = 2 ** (bits - 1) - 1
+    rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64)
+    scale = np.abs(rows).max(1) / top
+    if bits < 8:
+        errors = [((_rounded(rows, scale * s, top) - rows) ** 2).sum(1) for s in _SHRINKS]
+        scale = scale * _SHRINKS[np.argmin(errors, axis=0)]
+    scale = np.maximum(scale, _SMALLEST_SCALE)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    q = np.clip(np.rint(weight / scale.reshape(shape)), -top, top)
+    return q.astype(np.int8), scale.astype(np.float32)
+
+
+def _rounded(rows: NDArray[np.float64], scale: NDArray[np.float64], top: int) -> NDArray[np.float64]:
+    step = np.maximum(scale, _SMALLEST_SCALE)[:, None]
+    return np.asarray(np.clip(np.rint(rows / step), -top, top) * step)
+
+
+def activation_scale(stats: ActivationStats, calibrator: Calibrator, name: str) -> ActivationScale:
+    """The uint8 scale for a tensor: of its true extremes, of a percentile, or with the least squared error."""
+    low, high = stats.low, stats.high
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise StageError("calibrate", f"activation {name!r} ranges from {low} to {high} on the calibration data")
+    if calibrator == "percentile":
+        low = max(low, float(np.percentile(stats.sample, 100 - PERCENTILE)))
+        high = min(high, float(np.percentile(stats.sample, PERCENTILE)))
+    low, high = min(low, 0.0), max(high, 0.0)
+    if calibrator == "mse":
+        scales = [_scale(low * s, high * s) for s in _SHRINKS]
+        errors = [_squared_error(stats.sample, s) for s in scales]
+        return scales[int(np.argmin(errors))]
+    return _scale(low, high)
+
+
+def _scale(low: float, high: float) -> ActivationScale:
+    scale = max((high - low) / 255, 1e-8)
+    return ActivationScale(scale=scale, zero_point=int(np.clip(round(-low / scale), 0, 255)))
+
+
+def _squared_error(sample: NDArray[np.float32], s: ActivationScale) -> float:
+    q = np.clip(np.rint(sample / s.scale) + s.zero_point, 0, 255)
+    return float((((q - s.zero_point) * s.scale - sample) ** 2).mean())
