@@ -168,7 +168,7 @@ class Session:
     def _fp32(self, finished: Trial) -> Score | None:
         if finished.role == "fp32":
             return finished.score
-        return next((t.score for t in self._study.trials() if t.role == "fp32" and t.score is not None), None)
+        return next((t.score for t in self._study.known if t.role == "fp32" and t.score is not None), None)
 
     def _report(self, trial: Trial) -> None:
         fields = {"number": trial.number, "role": trial.role, "seconds": dict(trial.seconds)}
@@ -186,7 +186,7 @@ class Session:
                 size_bytes=score.size_bytes,
                 cached=trial.latency_from is not None,
             )
-        trials = self._study.trials()
+        trials = self._study.known
         front = points(trials, self._run.config.objectives)
         numbers = frozenset(t.number for t in front)
         if numbers != self._front:

@@ -14,7 +14,7 @@ STOP_TIMEOUT_S = 10
 
 
 class Workers:
-    """`count` processes of `autocompress worker`. They end by themselves when the budget is spent or this process is gone."""
+    """`count` processes of `autocompress worker`, which end when the budget is spent or this process is gone."""
 
     def __init__(self, run: Run, count: int, budget: Budget) -> None:
         self._run = run

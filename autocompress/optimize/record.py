@@ -14,10 +14,12 @@ from datetime import timedelta
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from autocompress.core.errors import RunError
 from autocompress.core.front import parse_objectives
@@ -43,6 +45,34 @@ def storage_errors(url: str) -> Iterator[None]:
         raise RunError(f"the storage {shown} cannot be used: {cause}") from error
 
 
+class FastStorage(RDBStorage):
+    """Optuna's database storage, writing a trial's parameters in one statement.
+
+    The original asks the database twice for each parameter whether the trial may still be written and whether
+    earlier trials knew the same choices: 0.16 s for a trial of 125 parameters, against 0.02 s. Here a trial is
+    written once and the study says which choices it was made for. Where Optuna renames what is replaced here, the
+    original comes back, and is only slower.
+    """
+
+    def _set_trial_param_without_commit(
+        self,
+        session: Session,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+        previous_distribution: BaseDistribution | None = None,  # noqa: ARG002 (the check that is left out)
+    ) -> None:
+        session.add(
+            models.TrialParamModel(
+                trial_id=trial_id,
+                param_name=param_name,
+                param_value=param_value_internal,
+                distribution_json=distribution_to_json(distribution),
+            )
+        )
+
+
 def open_storage(url: str) -> RDBStorage:
     """The storage behind `url`; SQLite waits for another process's commit for up to BUSY_TIMEOUT_S seconds."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -50,7 +80,7 @@ def open_storage(url: str) -> RDBStorage:
     if url.startswith("sqlite"):
         kwargs["connect_args"] = {"timeout": BUSY_TIMEOUT_S}
     with storage_errors(url):
-        return RDBStorage(url, engine_kwargs=kwargs)
+        return FastStorage(url, engine_kwargs=kwargs)
 
 
 def close_storage(storage: RDBStorage) -> None:

@@ -99,6 +99,11 @@ class Study:
     def trials(self) -> list[Trial]:
         """All finished trials, whoever wrote them, in number order."""
         self._sync()
+        return self.known
+
+    @property
+    def known(self) -> list[Trial]:
+        """The trials as they were when this study last looked, asked or told; costs no query."""
         return [self._trials[number] for number in sorted(self._trials)]
 
     def enqueue(self, values: Values) -> None:
