@@ -4,11 +4,12 @@ The unit of evidence is the block: candidate and reference take turns in it, so 
 and the block's ratio of medians is what is left. Statistics are over blocks.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from autocompress.core.errors import InputError
 
@@ -49,6 +50,8 @@ class MeasurePlan:
     threads: int = 1
     processes: int = 3
     timeout_s: float = 120.0
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         for name in ("turn_s", "max_duration_s", "target_ci", "timeout_s"):
@@ -146,6 +149,16 @@ class Measurement:
         logs = self.log_ratios
         numbers = sorted(set(self.processes))
         return [statistics.median(x for x, p in zip(logs, self.processes, strict=True) if p == n) for n in numbers]
+
+
+def merge(parts: Sequence[Measurement]) -> Measurement:
+    """One measurement of several processes from one measurement each, of the same artifact and plan."""
+    return dataclasses.replace(
+        parts[0],
+        samples=tuple(block for part in parts for block in part.samples),
+        reference=tuple(block for part in parts for block in part.reference),
+        processes=tuple(number for number, part in enumerate(parts) for _ in part.samples),
+    )
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from autocompress.core.artifact import Format
 from autocompress.core.candidate import parse_precision
@@ -30,6 +31,8 @@ class Profile:
     width_multiple: int
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     measure: MeasurePlan = field(default_factory=MeasurePlan)
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         if self.width_multiple < 1:

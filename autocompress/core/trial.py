@@ -64,7 +64,8 @@ class Trial:
 
     Attributes:
         artifact: the file, path relative to the run; None when it was never written.
-        measurement: raw timing; None when the latency came from the trial `latency_from` of equal kernels.
+        measurement: raw timing; None when the latency is that of a file of equal kernels, measured before.
+        latency_from: sha256 of that file.
         seconds: where the time went, by stage.
     """
 
@@ -74,7 +75,7 @@ class Trial:
     outcome: Score | Failure
     artifact: Artifact | None = None
     measurement: Measurement | None = None
-    latency_from: int | None = None
+    latency_from: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property

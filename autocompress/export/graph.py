@@ -1,5 +1,7 @@
 """Small verbs on an ONNX graph (onnx-ir), used by all that edits one."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -11,13 +13,15 @@ OPSET = 21  # the first with 4-bit integers
 IR_VERSION = 10
 
 
-def constant(graph: ir.Graph, name: str, array: NDArray[np.generic] | ir.TensorProtocol) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: NDArray[Any] | np.generic | ir.TensorProtocol) -> ir.Value:
     """A new initialiser; `name` is made unique."""
     tensor = ir.tensor(array) if isinstance(array, np.ndarray | np.generic) else array
     unique, n = name, 1
     while unique in graph.initializers:
         unique, n = f"{name}_{n}", n + 1
-    value = ir.Value(name=unique, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=unique, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 

@@ -70,9 +70,7 @@ def _useful(units: list[Unit], layers: set[str]) -> list[Unit]:
             continue
         wanted.update(unit.inputs)
         if unit.node.op_type == "Gemm" and unit.output not in wanted and unit.activation is None:
-            unit = Unit(
-                node=unit.node, activation=None, inputs=unit.inputs, output=unit.output, integer_output=False
-            )
+            unit = Unit(node=unit.node, activation=None, inputs=unit.inputs, output=unit.output, integer_output=False)
         kept.append(unit)
     return kept[::-1]
 
@@ -205,7 +203,7 @@ def _integer_weight(graph: ir.Graph, node: ir.Node, choice: LayerChoice, x: Acti
     node.replace_input_with(1, rounded)
     if bias is not None:
         step = scale.astype(np.float64) * x.scale
-        q_bias = constant(graph, f"{name}.bias_int32", np.rint(bias / step).astype(np.int32))
+        q_bias = constant(graph, f"{name}.bias_int32", np.rint(bias.astype(np.float64) / step).astype(np.int32))
         steps = constant(graph, f"{name}.bias_scale", step.astype(np.float32))
         zeros32 = constant(graph, f"{name}.bias_zero_point", np.zeros(len(scale), np.int32))
         node.replace_input_with(

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from autocompress.export.graph import constant, insert
 
 
-
 def store_integers(graph: ir.Graph, before: ir.Node, name: str, q: NDArray[np.int8], bits: int) -> ir.Value:
     """An int8 value from the smallest storage: sparse where that has fewer bytes, int4 for up to 4 bits, else int8."""
     dense_bytes = q.size * (0.5 if bits <= 4 else 1)

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -50,7 +50,7 @@ class Template:
             graph.inputs.remove(value)
         for name, value in open_inputs.items():
             tensor = ir.tensor(state[str(name)].detach().cpu().contiguous().numpy(), name=name)
-            value.const_value, value.shape = tensor, ir.Shape(tensor.shape)
+            value.const_value, value.shape = tensor, ir.Shape(tensor.shape.numpy())
             graph.register_initializer(value)
         named = {node.name: node for node in graph}
         for layer, node_name in self.nodes.items():
@@ -66,27 +66,28 @@ class Template:
 def export_template(
     model: nn.Module,
     inputs: Mapping[str, torch.Tensor],
-    form: type,
     layers: Sequence[str],
     outputs: Sequence[str],
+    *,
+    by_keyword: bool,
 ) -> Template:
     """Export `model` once.
 
     Args:
         model: in eval mode.
         inputs: a batch of two items, by input name.
-        form: how the model takes them: `torch.Tensor`, `tuple` (both positional) or `dict` (by keyword).
         layers: names of the layers to find in the graph.
         outputs: names of the outputs.
+        by_keyword: whether the model takes its inputs by name, else in order.
 
     Raises:
         TaskError: torch cannot export the model.
     """
     try:
-        exported, dynamic = _export(model, inputs, form, outputs, dynamic=True), True
+        exported, dynamic = _export(model, inputs, outputs, by_keyword=by_keyword, dynamic=True), True
     except Exception:  # whatever torch.export raises on a model that fixes its batch size
         try:
-            exported, dynamic = _export(model, inputs, form, outputs, dynamic=False), False
+            exported, dynamic = _export(model, inputs, outputs, by_keyword=by_keyword, dynamic=False), False
         except Exception as error:  # and on one that it cannot trace at all
             first = str(error).strip().split("\n")[0]
             raise TaskError(f"torch cannot export the model to ONNX: {type(error).__name__}: {first}") from error
@@ -103,19 +104,17 @@ def export_template(
     exported.ir_version = IR_VERSION
     tidy(exported)
     nodes, unmapped = _find_layers(graph, layers)
-    return Template(
-        graph=exported, weights=tuple(weights), nodes=nodes, unmapped=unmapped, dynamic_batch=dynamic
-    )
+    return Template(graph=exported, weights=tuple(weights), nodes=nodes, unmapped=unmapped, dynamic_batch=dynamic)
 
 
 def _export(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], form: type, outputs: Sequence[str], *, dynamic: bool
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str], *, by_keyword: bool, dynamic: bool
 ) -> ir.Model:
     batch = torch.export.Dim("batch")
     values = dict(inputs) if dynamic else {name: tensor[:1] for name, tensor in inputs.items()}
     shapes: Any = {name: {0: batch} for name in values}
     args: tuple[torch.Tensor, ...] = ()
-    if form is not dict:
+    if not by_keyword:
         args, shapes, values = tuple(values.values()), tuple(shapes.values()), {}
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
@@ -132,7 +131,7 @@ def _export(
             verbose=False,
         )
     assert program is not None
-    return cast(ir.Model, program.model)
+    return program.model
 
 
 class _quiet:
@@ -170,9 +169,8 @@ def _free_flattened_sizes(graph: ir.Graph) -> None:
 
 
 def _known(value: ir.Value | None) -> NDArray[np.generic] | None:
-    return None if value is None else ir.convenience.get_const_tensor(value).numpy() if (
-        ir.convenience.get_const_tensor(value) is not None
-    ) else None
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
 
 
 def _find_layers(graph: ir.Graph, layers: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,0 +1,310 @@
+"""One candidate → one Score or Failure: build the file, score it in its runtime, time it on its device."""
+
+import dataclasses
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from autocompress.build import Builder, Stopwatch
+from autocompress.core.artifact import Artifact
+from autocompress.core.candidate import Candidate
+from autocompress.core.errors import StageError
+from autocompress.core.measurement import Interval, Measurement, merge
+from autocompress.core.profile import Profile
+from autocompress.core.space import Space, SpaceRules, Structure
+from autocompress.core.trial import Failure, Role, Score, Trial
+
+if TYPE_CHECKING:
+    from autocompress.run import Run
+    from autocompress.scoring import PairedBootstrap
+    from autocompress.task import CheckedTask
+
+NOT_IN_SEARCH = "measured for the finished front only"
+
+
+class Host(Protocol):
+    """A device: see `autocompress.device.hosts.LocalHost`."""
+
+    def measure(self, artifacts: Sequence[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]: ...
+    def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None: ...
+    def executed(self, artifact: Artifact, inputs: Path) -> dict[str, str] | None: ...
+    def peak_memory(self, artifact: Artifact, inputs: Path) -> int: ...
+    def energy(self, artifact: Artifact, inputs: Path) -> float | str: ...
+
+
+class Evaluator:
+    """Evaluates candidates of one task on one device, and remembers what need not be done twice.
+
+    Attributes:
+        structure: what of the model can be compressed.
+        space: the variables of the search.
+    """
+
+    def __init__(self, task: "CheckedTask", run: "Run", profile: Profile, rules: SpaceRules, host: Host) -> None:
+        self._task = task
+        self._run = run
+        self._host = host
+        self._builder = Builder(task, run.path)
+        self.structure: Structure = self._builder.structure
+        self.space: Space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
+        self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
+        self._with_energy = "energy" in run.config.objectives
+        self._plan = profile.measure
+        self._items = len(task.split("validation"))
+        self._written: set[str] = set()
+        self._bootstrap: PairedBootstrap | None = None
+        self._reference: Artifact | None = None
+        self._reference_ms: float | None = None
+        self._latency: dict[str, _Latency] = {}
+        self._accuracy: dict[str, dict[str, Any]] = {}
+        run.log(
+            "model",
+            float_difference=self._builder.float_difference,
+            layers=len(self.structure.layers),
+            groups=len(self.structure.groups),
+            left_alone=dict(self.structure.left_alone),
+            dropped=dict(self.space.dropped),
+            variables=len(self.space.variables),
+        )
+        for trial in run.trials():
+            self._remember(trial)
+
+    def evaluate(self, candidate: Candidate, role: Role) -> Trial:
+        """One finished trial, without its number. A candidate's fault is a Failure in it, never an exception.
+
+        Raises:
+            TargetError: the runtime is not usable, which no other candidate would change.
+        """
+        watch = Stopwatch()
+        made: list[Artifact] = []
+        measured: list[Measurement] = []
+        latency_from = None
+        outcome: Score | Failure
+        try:
+            made.append(
+                self._builder.vendor_int8(watch) if role == "uniform-int8" else self._builder.build(candidate, watch)
+            )
+            if role == "fp32":
+                self._reference = made[0]
+            figures = self._accuracy_of(made[0], watch)
+            key = _latency_key(candidate, role)
+            if key not in self._latency:
+                measured.append(self._measure(made[0], watch))
+                executed = self._executed(made[0], watch)
+                if role == "fp32":
+                    self._reference_ms = measured[0].reference_ms
+                self._latency[key] = _Latency.of(measured[0], executed)
+            else:
+                latency_from = self._latency[key].artifact
+            meters = self._meters(made[0], watch, memory=self._with_memory, energy=self._with_energy)
+            meters["reasons"] |= figures.pop("reasons")
+            figures |= meters
+            outcome = self._score(made[0], self._latency[key], figures)
+        except StageError as error:
+            cause = error.__cause__ or error
+            outcome = Failure(stage=error.stage, error=type(cause).__name__, message=str(error))
+        return Trial(
+            number=-1,
+            role=role,
+            candidate=candidate,
+            outcome=outcome,
+            artifact=self._relative(made[0]) if made else None,
+            measurement=measured[0] if measured else None,
+            latency_from=latency_from,
+            seconds=dict(watch.seconds),
+        )
+
+    def finalise(self, trials: Sequence[Trial]) -> list[Trial]:
+        """These trials measured again, round-robin in fresh processes, with test accuracy and peak memory.
+
+        A model that fails now is dropped, and the log says so; fp32 must be among them.
+        """
+        reference = self._artifact_of(next(t for t in trials if t.role == "fp32"))
+        artifacts = {t.number: self._artifact_of(t) for t in trials if t.score is not None}
+        rounds = [
+            self._host.measure([reference, *artifacts.values()], self._inputs("validation"), fresh=True)
+            for _ in range(self._plan.processes)
+        ]
+        again = {number: merge(list(parts)) for number, parts in zip(artifacts, zip(*rounds, strict=True), strict=True)}
+        reference_ms = statistics.median(m.reference_ms for m in again.values())
+        return [
+            self._finished(trial, artifacts[trial.number], again[trial.number], reference_ms)
+            for trial in trials
+            if trial.number in again and trial.score is not None
+        ]
+
+    def _finished(self, trial: Trial, artifact: Artifact, measurement: Measurement, reference_ms: float) -> Trial:
+        score = trial.score
+        assert score is not None
+        figures = self._meters(artifact, Stopwatch(), memory=True, energy=True)
+        tested = self._test_accuracy(artifact)
+        again = {name: why for name, why in score.reasons.items() if name in ("accuracy_ci", "executed")}
+        low, high = measurement.ratio_ci
+        return dataclasses.replace(
+            trial,
+            measurement=measurement,
+            latency_from=None,
+            outcome=dataclasses.replace(
+                score,
+                latency_ms=measurement.ratio * reference_ms,
+                latency_ms_ci=(low * reference_ms, high * reference_ms),
+                ratio=measurement.ratio,
+                ratio_ci=measurement.ratio_ci,
+                peak_memory_bytes=figures["peak_memory_bytes"],
+                energy_mj=figures["energy_mj"],
+                test_accuracy=tested[0],
+                reasons=again | figures["reasons"] | tested[1],
+            ),
+        )
+
+    def _test_accuracy(self, artifact: Artifact) -> tuple[float | None, dict[str, str]]:
+        if "test" not in self._task.splits:
+            return None, {"test_accuracy": "the task has no test split"}
+        outputs = self._task.unflatten(self._outputs(artifact, "test"))
+        return self._task.metric(outputs, self._task.targets("test")), {}
+
+    def _meters(self, artifact: Artifact, watch: Stopwatch, *, memory: bool, energy: bool) -> dict[str, Any]:
+        """Peak memory and energy, each a number or None with its reason."""
+        figures: dict[str, Any] = {"peak_memory_bytes": None, "energy_mj": None, "reasons": {}}
+        inputs = self._inputs("validation")
+        if memory:
+            with watch("memory"):
+                figures["peak_memory_bytes"] = self._host.peak_memory(artifact, inputs)
+        else:
+            figures["reasons"]["peak_memory_bytes"] = f"{NOT_IN_SEARCH}, unless memory is an objective or limited"
+        if energy:
+            with watch("energy"):
+                found = self._host.energy(artifact, inputs)
+            if isinstance(found, str):
+                figures["reasons"]["energy_mj"] = found
+            else:
+                figures["energy_mj"] = found
+        else:
+            figures["reasons"]["energy_mj"] = f"{NOT_IN_SEARCH}, unless energy is an objective"
+        return figures
+
+    def _accuracy_of(self, artifact: Artifact, watch: Stopwatch) -> dict[str, Any]:
+        """Accuracy of a file over validation with its interval; not computed twice for the same bytes."""
+        if artifact.sha256 not in self._accuracy:
+            with watch("score"):
+                outputs = self._task.unflatten(self._outputs(artifact, "validation"))
+                accuracy = self._task.metric(outputs, self._task.targets("validation"))
+            with watch("interval"):
+                bootstrap = self._paired(artifact, outputs)
+                interval = bootstrap.interval(outputs)
+            reasons = {} if bootstrap.reason is None else {"accuracy_ci": bootstrap.reason}
+            self._accuracy[artifact.sha256] = {"accuracy": accuracy, "accuracy_ci": interval, "reasons": reasons}
+        return dict(self._accuracy[artifact.sha256])
+
+    def _paired(self, artifact: Artifact, outputs: Any) -> "PairedBootstrap":
+        from autocompress.scoring import PairedBootstrap
+
+        if self._bootstrap is None:
+            reference = self._known_reference()
+            same = reference.sha256 == artifact.sha256
+            kept = outputs if same else self._task.unflatten(self._outputs(reference, "validation"))
+            self._bootstrap = PairedBootstrap(self._task.metric, kept, self._task.targets("validation"), self._items)
+        return self._bootstrap
+
+    def _outputs(self, artifact: Artifact, split: str) -> Mapping[str, Any]:
+        """Outputs of a file over a split, by its runtime, in memory."""
+        from autocompress.scoring import read_outputs
+
+        with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+            self._host.outputs(artifact, self._inputs(split), Path(folder))
+            return read_outputs(Path(folder), self._task.outputs.names)
+
+    def _measure(self, artifact: Artifact, watch: Stopwatch) -> Measurement:
+        with watch("measure"):
+            return self._host.measure([self._known_reference(), artifact], self._inputs("validation"))[0]
+
+    def _executed(self, artifact: Artifact, watch: Stopwatch) -> dict[str, str] | None:
+        with watch("read back"):
+            found = self._host.executed(artifact, self._inputs("validation"))
+        names = {layer.name for layer in self.structure.layers}
+        return None if found is None else {name: what for name, what in found.items() if name in names}
+
+    def _score(self, artifact: Artifact, latency: "_Latency", figures: Mapping[str, Any]) -> Score:
+        if self._reference_ms is None:
+            raise StageError("measure", "fp32 was not measured, there is nothing to relate a latency to")
+        reasons = {"test_accuracy": NOT_IN_SEARCH, **figures["reasons"]}
+        if latency.executed is None:
+            reasons["executed"] = "the runtime does not tell"
+        low, high = latency.ratio_ci
+        return Score(
+            accuracy=figures["accuracy"],
+            latency_ms=latency.ratio * self._reference_ms,
+            latency_ms_ci=(low * self._reference_ms, high * self._reference_ms),
+            ratio=latency.ratio,
+            ratio_ci=latency.ratio_ci,
+            size_bytes=artifact.size_bytes,
+            accuracy_ci=figures["accuracy_ci"],
+            peak_memory_bytes=figures["peak_memory_bytes"],
+            energy_mj=figures["energy_mj"],
+            executed=latency.executed,
+            reasons=reasons,
+        )
+
+    def _known_reference(self) -> Artifact:
+        if self._reference is None:
+            raise StageError("measure", "fp32 was not built, there is nothing to compare with")
+        return self._reference
+
+    def _inputs(self, split: str) -> Path:
+        """The folder of a split's inputs, written on first use."""
+        folder = self._run.data / split
+        if split not in self._written:
+            self._task.write_split(split, folder)
+            self._written.add(split)
+        return folder
+
+    def _relative(self, artifact: Artifact) -> Artifact:
+        return dataclasses.replace(artifact, path=str(Path(artifact.path).relative_to(self._run.path)))
+
+    def _artifact_of(self, trial: Trial) -> Artifact:
+        assert trial.artifact is not None
+        return dataclasses.replace(trial.artifact, path=str(self._run.path / trial.artifact.path))
+
+    def _remember(self, trial: Trial) -> None:
+        """Fill the caches from a trial of the record."""
+        score = trial.score
+        if score is None or trial.artifact is None:
+            return
+        if trial.role == "fp32" and trial.measurement is not None:
+            self._reference, self._reference_ms = self._artifact_of(trial), trial.measurement.reference_ms
+        reasons = {name: why for name, why in score.reasons.items() if name == "accuracy_ci"}
+        self._accuracy.setdefault(
+            trial.artifact.sha256,
+            {"accuracy": score.accuracy, "accuracy_ci": score.accuracy_ci, "reasons": reasons},
+        )
+        if trial.measurement is not None:
+            self._latency.setdefault(
+                _latency_key(trial.candidate, trial.role), _Latency.of(trial.measurement, score.executed)
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Latency:
+    """What files of equal kernels share; `artifact` is the sha256 of the one that was measured."""
+
+    artifact: str
+    ratio: float
+    ratio_ci: Interval
+    executed: Mapping[str, str] | None
+
+    @classmethod
+    def of(cls, measurement: Measurement, executed: Mapping[str, str] | None) -> "_Latency":
+        return cls(
+            artifact=measurement.artifact_sha256,
+            ratio=measurement.ratio,
+            ratio_ci=measurement.ratio_ci,
+            executed=executed,
+        )
+
+
+def _latency_key(candidate: Candidate, role: Role) -> str:
+    """Files of equal kernels share a latency; the vendor's file has kernels of its own."""
+    return "uniform-int8" if role == "uniform-int8" else candidate.kernel_key
