@@ -74,4 +74,5 @@ def model() -> DigitsNet:
 
 def task() -> Task:
     """The built-in task `digits`."""
-    return Task(name="digits", model=model, **split())
+    parts = split()
+    return Task(name="digits", model=model, train=parts["train"], validation=parts["validation"], test=parts["test"])

@@ -100,14 +100,17 @@ class Split:
         data, where = _behind_subsets(self.data, indices)
         if type(data) is TensorDataset and len(data.tensors) == 2 and self._is_plain():
             x, y = input_leaf(data.tensors[0][where]), target_leaf(data.tensors[1][where])  # a loop would take seconds
-            rows = {self.inputs.names[0]: x}, {self.targets.names[0]: y}
-            self._check(where[0], {name: leaf[0] for side in rows for name, leaf in side.items()})
-            return rows
+            self._check(where[0], {self.inputs.names[0]: x[0]}, {self.targets.names[0]: y[0]})
+            return {self.inputs.names[0]: x}, {self.targets.names[0]: y}
         items = [self._item(index) for index in indices]
-        inputs, targets = (
-            {n: torch.stack([item[side][n] for item in items]) for n in items[0][side]} for side in (0, 1)
-        )
-        return inputs, targets
+        inputs = {name: torch.stack([item[0][name] for item in items]) for name in self.inputs.names}
+        return inputs, {name: torch.stack([item[1][name] for item in items]) for name in self.targets.names}
+
+    def chunks(self) -> Iterator[tuple[slice, dict[str, Tensor], dict[str, Tensor]]]:
+        """All items in order, a few at a time: where they stand, their inputs and targets by name."""
+        for start in range(0, len(self), CHUNK):
+            where = slice(start, min(start + CHUNK, len(self)))
+            yield where, *self.rows(range(where.start, where.stop))
 
     def _is_plain(self) -> bool:
         return self.inputs.kind == self.targets.kind == "tensor"
@@ -211,6 +214,8 @@ def blame(what: str) -> Iterator[None]:
     """Whatever the user's own code raises inside becomes one TaskError: what failed, the exception, its place."""
     try:
         yield
+    except TaskError as error:
+        raise TaskError(f"{what}: {error}") from error
     except AutocompressError:
         raise
     except (Exception, SystemExit) as error:  # the user's code may raise anything, and may call sys.exit

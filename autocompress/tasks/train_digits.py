@@ -35,7 +35,7 @@ def train(seed: int = 0) -> DigitsNet:
             rows = order[start : start + BATCH]
             loss = functional.cross_entropy(net(shift(images[rows])), labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return net.eval()
