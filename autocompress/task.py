@@ -226,7 +226,8 @@ def _name_inputs(model: nn.Module, value: Any) -> Structure:
     found = Structure.of(value, "input")
     if found.kind == "dict":
         return found
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    with blame("the parameters of the model's forward cannot be read"):
+        parameters = list(inspect.signature(model.forward).parameters.values())
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(names) < len(found.names):
         if not any(p.kind is p.VAR_POSITIONAL for p in parameters):

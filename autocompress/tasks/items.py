@@ -56,10 +56,10 @@ class Structure:
         """The leaves of `value` by name."""
         found = Structure.of(value, "value")
         if found.kind != self.kind or len(found.names) != len(self.names):
-            raise TaskError(f"it is a {found.kind} of {len(found.names)}, not a {self.kind} of {len(self.names)}")
+            raise TaskError(f"expected a {self.kind} of {len(self.names)}, got a {found.kind} of {len(found.names)}")
         if self.kind == "dict":
             if set(value) != set(self.names):
-                raise TaskError(f"its keys are {sorted(value)}, not {sorted(self.names)}")
+                raise TaskError(f"expected the keys {sorted(self.names)}, got {sorted(value)}")
             return {name: value[name] for name in self.names}
         return dict(zip(self.names, value if self.kind == "tuple" else (value,), strict=True))
 
