@@ -1,0 +1,267 @@
+"""The measuring process: `python -m autocompress.device.worker`, jobs in, results out, a line of JSON each.
+
+A job is ``{"job": name, "runtime": …, "options": …, "plan": …, …}``. The answer is any number of
+``{"stage": name}`` (where the work is now; each one shows that it is alive) and then one of ``{"result": …}`` and
+``{"failure": {"stage", "error", "message"}}``. The process ends when its standard input does, even amid a job.
+Standard output belongs to the protocol: what a runtime prints goes to standard error.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from autocompress.core.artifact import Artifact, sha256_of
+from autocompress.core.errors import AutocompressError, StageError, TargetError
+from autocompress.core.measurement import MeasurePlan
+from autocompress.core.record import from_json, to_json
+from autocompress.device import meters
+from autocompress.device.fingerprint import fingerprint, usable_cores
+from autocompress.device.runtime import Array, Options, Runtime, Session, get_runtime
+from autocompress.device.timing import CLOCKS, clock_name, interleave
+
+KEPT_SESSIONS = 4
+BATCH_ITEMS = 64
+BATCH_BYTES = 16 * 2**20
+MEMORY_RUNS = 5
+ENERGY_S = 1.0
+
+Report = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """What stays between jobs: runtimes and sessions. `report` tells the other side the stage."""
+
+    report: Report
+    runtimes: dict[str, Runtime] = field(default_factory=dict)
+    sessions: OrderedDict[tuple[str, str], Session] = field(default_factory=OrderedDict)
+
+    def answer(self, job: Mapping[str, Any]) -> Any:
+        """The result of one job.
+
+        Raises:
+            StageError: the artifact failed.
+            TargetError: the runtime is not usable here.
+        """
+        runtime = self._runtime(job["runtime"])
+        if job["job"] == "fingerprint":
+            return self._fingerprint(job["runtime"])
+        with self._stage("load"):
+            inputs = Inputs(Path(job["inputs"]))
+        options: Options = job["options"]
+        artifacts = [from_json(Artifact, a) for a in job["artifacts"]]
+        if job["job"] == "measure":
+            plan = from_json(MeasurePlan, job["plan"])
+            return self._measure(job["runtime"], artifacts, inputs, options, plan)
+        if job["job"] == "executed":
+            return self._executed(self._session(job["runtime"], artifacts[0], options), inputs)
+        if job["job"] == "outputs":
+            return self._outputs(runtime, artifacts[0], inputs, Path(job["out"]), options)
+        if job["job"] == "memory":
+            return self._memory(runtime, artifacts[0], inputs, options)
+        if job["job"] == "energy":
+            return self._energy(self._session(job["runtime"], artifacts[0], options), inputs)
+        raise ValueError(f"no job {job['job']!r}")
+
+    def _measure(
+        self, runtime: str, artifacts: list[Artifact], inputs: "Inputs", options: Options, plan: MeasurePlan
+    ) -> dict[str, Any]:
+        sessions = [self._session(runtime, a, options, keep=len(artifacts)) for a in artifacts]
+        with self._stage("measure"):
+            calls = [s.bind(inputs.first) for s in sessions]
+            for artifact, call in zip(artifacts, calls, strict=True):
+                _check_finite(call(), "measure", Path(artifact.path).name)
+            clock = clock_name(plan)
+            blocks = interleave(calls, plan, CLOCKS[clock])
+        return {"clock": clock, "blocks": blocks, "fingerprint": self._fingerprint(runtime)}
+
+    def _outputs(
+        self, runtime: Runtime, artifact: Artifact, inputs: "Inputs", out: Path, options: Options
+    ) -> dict[str, list[int]]:
+        batch = inputs.batch if artifact.dynamic_batch else 1
+        session = self._load(runtime, artifact, {**options, "threads": usable_cores()})
+        written: dict[str, Array] = {}
+        with self._stage("score"), contextlib.closing(session):
+            out.mkdir(parents=True, exist_ok=True)
+            for start in range(0, inputs.count, batch):
+                stop = min(start + batch, inputs.count)
+                outputs = session.run(inputs.items(start, stop))
+                _check_finite(outputs, "score", f"item {start}" if batch == 1 else f"items {start} to {stop - 1}")
+                for name, value in outputs.items():
+                    if name not in written:
+                        written[name] = _new_array(out / f"{name}.npy", value, inputs.count, stop - start)
+                    written[name][start:stop] = value
+                self.report("score")
+            for array in written.values():
+                array.flush()  # type: ignore[attr-defined]
+        return {name: list(array.shape) for name, array in written.items()}
+
+    def _executed(self, session: Session, inputs: "Inputs") -> dict[str, str] | None:
+        with self._stage("measure"):
+            session.run(inputs.first)
+            found = session.executed_precision()
+        return None if found is None else dict(found)
+
+    def _memory(self, runtime: Runtime, artifact: Artifact, inputs: "Inputs", options: Options) -> int:
+        verify(artifact)
+        item = inputs.first
+        before = meters.reset_peak_memory()
+        session = self._load(runtime, artifact, options)
+        with self._stage("memory"), contextlib.closing(session):
+            for _ in range(MEMORY_RUNS):
+                session.run(item)
+            return max(1, meters.peak_memory() - before)
+
+    def _energy(self, session: Session, inputs: "Inputs") -> float | str:
+        with self._stage("measure"):
+            call = session.bind(inputs.first)
+
+            def run() -> int:
+                count, end = 0, time.perf_counter() + ENERGY_S
+                while time.perf_counter() < end:
+                    call()
+                    count += 1
+                return count
+
+            return meters.energy_mj(run)
+
+    def _runtime(self, name: str) -> Runtime:
+        if name not in self.runtimes:
+            runtime = get_runtime(name)
+            availability = runtime.available()
+            if not availability.usable:
+                raise TargetError(availability.reason)
+            self.runtimes[name] = runtime
+        return self.runtimes[name]
+
+    def _session(self, runtime: str, artifact: Artifact, options: Options, keep: int = 0) -> Session:
+        key = (artifact.sha256, json.dumps([runtime, dict(options)], sort_keys=True))
+        if key not in self.sessions:
+            verify(artifact)
+            self.sessions[key] = self._load(self._runtime(runtime), artifact, options)
+        self.sessions.move_to_end(key)
+        while len(self.sessions) > max(keep, KEPT_SESSIONS):
+            self.sessions.popitem(last=False)[1].close()
+        return self.sessions[key]
+
+    def _load(self, runtime: Runtime, artifact: Artifact, options: Options) -> Session:
+        with self._stage("load"):
+            return runtime.load(Path(artifact.path), options)
+
+    def _fingerprint(self, runtime: str) -> Any:
+        version = self._runtime(runtime).available().version
+        return to_json(fingerprint(runtime, version or "unknown"))
+
+    @contextlib.contextmanager
+    def _stage(self, stage: str) -> Iterator[None]:
+        """Anything that goes wrong inside is a failure of that stage: a runtime may raise whatever it likes."""
+        self.report(stage)
+        try:
+            yield
+        except (StageError, TargetError):
+            raise
+        except Exception as error:
+            text = str(error) if isinstance(error, AutocompressError) else f"{type(error).__name__}: {error}"
+            raise StageError(stage, text) from error
+
+
+class Inputs:
+    """A folder with one `<input name>.npy` per input, items along the first axis."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("*.npy"))
+        if not files:
+            raise StageError("load", f"there are no inputs: {folder} holds no .npy file")
+        self._arrays = {f.stem: np.load(f, mmap_mode="r", allow_pickle=False) for f in files}
+        counts = {name: len(array) for name, array in self._arrays.items()}
+        if len(set(counts.values())) != 1 or 0 in counts.values():
+            raise StageError("load", f"the inputs in {folder} must have the same number of items, got {counts}")
+        self.count = next(iter(counts.values()))
+
+    @property
+    def first(self) -> dict[str, Array]:
+        """The first item as a batch of one."""
+        return self.items(0, 1)
+
+    @property
+    def batch(self) -> int:
+        """Items that go into one batch."""
+        item_bytes = sum(array[:1].nbytes for array in self._arrays.values())
+        return int(np.clip(BATCH_BYTES // max(1, item_bytes), 1, BATCH_ITEMS))
+
+    def items(self, start: int, stop: int) -> dict[str, Array]:
+        """A batch, in memory."""
+        return {name: np.array(array[start:stop]) for name, array in self._arrays.items()}
+
+
+def verify(artifact: Artifact) -> None:
+    """Raise StageError unless the file is there with the bytes that were written."""
+    path = Path(artifact.path)
+    if not path.is_file():
+        raise StageError("load", f"there is no file {path}: it was moved or removed since it was written")
+    size = path.stat().st_size
+    if size != artifact.size_bytes:
+        raise StageError("load", f"{path} is damaged: it has {size} bytes where {artifact.size_bytes} were written")
+    if sha256_of(path) != artifact.sha256:
+        raise StageError("load", f"{path} is damaged: its SHA-256 is not {artifact.sha256}")
+
+
+def _check_finite(outputs: Mapping[str, Array], stage: str, where: str) -> None:
+    for name, value in outputs.items():
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            raise StageError(stage, f"output {name!r} is not finite for {where}")
+
+
+def _new_array(path: Path, value: Array, count: int, batch: int) -> Array:
+    if value.ndim == 0 or len(value) != batch:
+        raise StageError("score", f"output {path.stem!r} must have one entry an item, got {value.shape} for {batch}")
+    array: Array = np.lib.format.open_memmap(path, mode="w+", dtype=value.dtype, shape=(count, *value.shape[1:]))
+    return array
+
+
+def serve(lines: TextIO, out: TextIO) -> None:
+    """Answer jobs until there are none."""
+
+    def send(message: Mapping[str, Any]) -> None:
+        out.write(json.dumps(message, allow_nan=False) + "\n")
+        out.flush()
+
+    worker = Worker(report=lambda stage: send({"stage": stage}))
+    for line in lines:
+        try:
+            send({"result": worker.answer(json.loads(line))})
+        except (StageError, TargetError) as error:
+            stage = error.stage if isinstance(error, StageError) else ""
+            send({"failure": {"stage": stage, "error": type(error).__name__, "message": str(error)}})
+
+
+def main() -> None:
+    """Serve standard input and output; leave when the other side goes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    serve(sys.stdin, out)
+
+
+def _leave_with_parent() -> None:
+    poll = select.poll()
+    poll.register(0, 0)  # a hang-up is always reported; input is not asked for
+    poll.poll()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
