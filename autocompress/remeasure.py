@@ -1,0 +1,132 @@
+"""Measuring and scoring files that were measured before: what verifying and re-profiling share."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocompress.core.artifact import Artifact
+from autocompress.core.errors import StageError, TaskError
+from autocompress.core.measurement import Fingerprint, Interval, Measurement, merge
+from autocompress.evaluate import Host
+
+if TYPE_CHECKING:
+    from autocompress.scoring import PairedBootstrap
+    from autocompress.task import CheckedTask
+
+# Which kernels run, and so what an integer model computes, depends on these facts and no others:
+# without VNNI or its like, 8-bit products saturate on x86, and the same file has another accuracy.
+NUMERIC_FACTS = ("runtime", "arch", "flags")
+
+
+def rounds(host: Host, reference: Artifact, artifact: Artifact, inputs: Path, processes: int) -> list[Measurement]:
+    """Latency of `artifact` against `reference` in each of so many fresh processes."""
+    return [host.measure([reference, artifact], inputs, fresh=True)[0] for _ in range(processes)]
+
+
+def measure_again(
+    host: Host, reference: Artifact, artifacts: Sequence[Artifact], inputs: Path, processes: int
+) -> list[Measurement]:
+    """Latency of `artifacts` against `reference`, interleaved, over so many fresh processes."""
+    taken = [host.measure([reference, *artifacts], inputs, fresh=True) for _ in range(processes)]
+    return [merge(parts) for parts in zip(*taken, strict=True)]
+
+
+def measure_usable(
+    host: Host, reference: Artifact, artifacts: Mapping[int, Artifact], inputs: Path, processes: int
+) -> tuple[dict[int, Measurement], dict[int, str]]:
+    """Measurements by trial number, and what was said of files that fail here; fp32 failing is raised.
+
+    All take turns in one process, so one bad file fails them all: then each is tried alone, and the rest again.
+    """
+    failed: dict[int, str] = {}
+    try:
+        found = measure_again(host, reference, list(artifacts.values()), inputs, processes)
+    except StageError:
+        host.measure([reference, reference], inputs, fresh=True)
+        for number, artifact in artifacts.items():
+            try:
+                host.measure([reference, artifact], inputs, fresh=True)
+            except StageError as error:
+                failed[number] = f"{error.stage}: {error}"
+        artifacts = {n: a for n, a in artifacts.items() if n not in failed}
+        found = measure_again(host, reference, list(artifacts.values()), inputs, processes)
+    return dict(zip(artifacts, found, strict=True)), failed
+
+
+def same_numbers(before: Fingerprint, now: Fingerprint) -> bool:
+    """Whether a file computes the same on both machines, as far as their fingerprints tell."""
+    return all(before.facts.get(name) == now.facts.get(name) for name in NUMERIC_FACTS)
+
+
+def open_task(reference: str | None, name: str) -> "CheckedTask":
+    """The task a run or a package was made from.
+
+    Raises:
+        TaskError: it cannot be loaded here, or is another one.
+    """
+    from autocompress.task import check_task, load_task
+
+    if reference is None:
+        raise TaskError("the task was handed over in Python and cannot be loaded by name")
+    checked = check_task(load_task(reference))
+    if checked.task.name != name:
+        raise TaskError(f"{reference} is the task {checked.task.name!r} now, not {name!r}")
+    return checked
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """Scores files on all of validation, through their runtime, with intervals against fp32 on the same items.
+
+    The task's inputs are written once, on first use.
+    """
+
+    task: "CheckedTask"
+    host: Host
+    fp32: Artifact
+    folder: Path
+    _bootstrap: "PairedBootstrap | None" = field(default=None, init=False)
+    _written: bool = field(default=False, init=False)
+
+    def accuracy(self, artifact: Artifact) -> float:
+        """The task's metric."""
+        return self.task.metric(self._outputs(artifact), self.task.targets("validation"))
+
+    def score(self, artifact: Artifact) -> tuple[float, Interval | None, str | None]:
+        """Accuracy, its interval against fp32 on the same items, and the reason where there is none."""
+        from autocompress.scoring import PairedBootstrap
+
+        targets, outputs = self.task.targets("validation"), self._outputs(artifact)
+        if self._bootstrap is None:
+            items = len(self.task.split("validation"))
+            self._bootstrap = PairedBootstrap(self.task.metric, self._outputs(self.fp32), targets, items)
+        return self.task.metric(outputs, targets), self._bootstrap.interval(outputs), self._bootstrap.reason
+
+    def _outputs(self, artifact: Artifact) -> Any:
+        from autocompress.scoring import read_outputs
+
+        if not self._written:
+            self.task.write_split("validation", self.folder)
+            self._written = True
+        with tempfile.TemporaryDirectory(prefix="autocompress-") as out:
+            self.host.outputs(artifact, self.folder, Path(out))
+            return self.task.unflatten(read_outputs(Path(out), self.task.outputs.names))
+
+
+def overlap(one: Interval, other: Interval) -> bool:
+    """Whether two intervals have a point in common."""
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def changed(facts: Mapping[str, tuple[str | None, str | None]]) -> str:
+    """Changed facts of a machine in one line."""
+    return "; ".join(f"{name}: {before or 'unknown'} → {now or 'unknown'}" for name, (before, now) in facts.items())
+
+
+Progress = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """Says nothing."""

@@ -1,0 +1,94 @@
+"""What a run says of itself beside its front: time, failures, what was left alone, what was dropped, what ran."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autocompress.core.front import Front
+from autocompress.core.measurement import Fingerprint
+from autocompress.core.trial import Failure, Trial
+from autocompress.report import text
+from autocompress.report.document import ROLES, fingerprint_of, missing_baseline
+from autocompress.run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """A run in figures.
+
+    Attributes:
+        seconds: spent by stage, all trials together.
+        failures: number of failed trials by stage, and the first message of each.
+        left_alone, dropped: names and reasons, as the log has them; None where the log does not say.
+        executed: for each front point where what ran is not what was chosen, layer → what ran.
+    """
+
+    trials: int
+    seconds: Mapping[str, float]
+    failures: Mapping[str, tuple[int, str]]
+    fingerprint: Fingerprint | None
+    left_alone: Mapping[str, str] | None
+    dropped: Mapping[str, str] | None
+    executed: Mapping[int, Mapping[str, str]]
+
+
+def facts_of(run: Run, front: Front, trials: Sequence[Trial]) -> Facts:
+    """Read the facts off a run's record and log."""
+    seconds: Counter[str] = Counter()
+    for trial in trials:
+        seconds.update(trial.seconds)
+    failed = [t.outcome for t in trials if isinstance(t.outcome, Failure)]
+    failures = {
+        stage: (count, next(f.message for f in failed if f.stage == stage))
+        for stage, count in Counter(f.stage for f in failed).most_common()
+    }
+    log = read_log(run)
+    return Facts(
+        trials=len(trials),
+        seconds=dict(seconds.most_common()),
+        failures=failures,
+        fingerprint=fingerprint_of([*front.points, *trials]),
+        left_alone=_last(log, "left_alone"),
+        dropped=_last(log, "dropped"),
+        executed={t.number: wrong for t in front.points if (wrong := text.disagreements(t))},
+    )
+
+
+def read_log(run: Run) -> list[dict[str, Any]]:
+    """Events of the run's log; a last line that a killed process left unfinished is not one."""
+    path = run.path / "log.jsonl"
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
+
+
+def footer(facts: Facts, front: Front, trials: Sequence[Trial]) -> list[str]:
+    """The sentences under the table."""
+    lines = [text.verdict(front)]
+    for role in ROLES:
+        if role not in front.baselines:
+            lines.append(f"The baseline {role} has no figures: {missing_baseline(role, trials)}.")
+    failed = sum(count for count, _ in facts.failures.values())
+    if failed:
+        stages = ", ".join(f"{count} in {stage}" for stage, (count, _) in facts.failures.items())
+        lines.append(f"{failed} of {facts.trials} trials failed: {stages}.")
+    if facts.left_alone:
+        names = text.listed(sorted(facts.left_alone))
+        lines.append(f"{len(facts.left_alone)} layers or groups were left alone ({names}); `report` says why.")
+    for number, wrong in facts.executed.items():
+        ran = ", ".join(f"{n} ran as {p}" for n, p in list(wrong.items())[:3])
+        lines.append(f"Trial {number}: the runtime did not run {len(wrong)} layers as chosen ({ran}).")
+    return lines
+
+
+def _last(log: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, str] | None:
+    found = [event[key] for event in log if isinstance(event.get(key), dict)]
+    return found[-1] if found else None

@@ -1,0 +1,128 @@
+"""Figures as people read them: never more digits than the interval carries, and "faster" only where intervals part."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from autocompress.core.front import MB, Front
+from autocompress.core.measurement import separated
+from autocompress.core.trial import Score, Trial
+
+Verdict = Literal["faster", "even", "slower"]
+
+
+def accuracy(score: Score) -> str:
+    """Accuracy with its interval."""
+    if score.accuracy_ci is None:
+        return f"{score.accuracy:.4f}"
+    return f"{score.accuracy:.4f} [{score.accuracy_ci[0]:.4f}, {score.accuracy_ci[1]:.4f}]"
+
+
+def latency(score: Score) -> str:
+    """Milliseconds with their interval, to three significant digits."""
+    low, high = score.latency_ms_ci
+    return f"{score.latency_ms:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def drop(score: Score, fp32: Score | None) -> float | None:
+    """Points of accuracy lost against fp32; None without that baseline."""
+    return None if fp32 is None else 100 * (fp32.accuracy - score.accuracy)
+
+
+def size(value: int | None) -> str:
+    """Bytes in the unit that keeps three digits."""
+    if value is None:
+        return "n/a"
+    return f"{value / MB:.3g} MB" if value >= MB else f"{value / 1000:.3g} kB"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    if value < 120:
+        return f"{value:.3g} s"
+    return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"
+
+
+def compare(score: Score, other: Score) -> tuple[float, Verdict]:
+    """How many times faster than `other`, and whether their intervals part. Both are ratios to the same fp32."""
+    ratio = other.ratio / score.ratio
+    if separated(score.ratio_ci, other.ratio_ci):
+        return ratio, "faster"
+    return ratio, "slower" if separated(other.ratio_ci, score.ratio_ci) else "even"
+
+
+def compared(score: Score, other: Score | None) -> str:
+    """`1.71x faster`, `1.01x even`, `0.80x slower`; nothing to compare with is `n/a`."""
+    if other is None:
+        return "n/a"
+    ratio, verdict = compare(score, other)
+    return f"{ratio:.2f}x {verdict}"
+
+
+def baseline(front: Front, role: str) -> Score | None:
+    """The score of a baseline, None where it has none."""
+    return trial.score if (trial := front.baselines.get(role)) else None
+
+
+def verdict(front: Front, max_drop: float = 1.0) -> str:
+    """One sentence: the fastest point that beats uniform INT8 within `max_drop` points of fp32, or that none does."""
+    fp32, int8 = baseline(front, "fp32"), baseline(front, "uniform-int8")
+    if fp32 is None or int8 is None:
+        missing = " and ".join(name for name, score in (("fp32", fp32), ("uniform-int8", int8)) if score is None)
+        return f"Nothing is said about speed against uniform-int8: this run has no {missing} baseline."
+    near = [(t, t.score) for t in front.points if t.score and 100 * (fp32.accuracy - t.score.accuracy) <= max_drop]
+    winners = [
+        (t, s)
+        for t, s in near
+        if t.role == "candidate" and compare(s, int8)[1] == "faster" and compare(s, fp32)[1] == "faster"
+    ]
+    if not winners:
+        return (
+            f"No point within {max_drop:g} point of fp32's accuracy is faster than uniform-int8 "
+            f"by separated intervals (uniform-int8: {latency(int8)} ms)."
+        )
+    trial, score = min(winners, key=lambda row: row[1].latency_ms)
+    return (
+        f"Trial {trial.number} is the fastest within {max_drop:g} point of fp32's accuracy: {latency(score)} ms, "
+        f"{compare(score, int8)[0]:.2f}x faster than uniform-int8 ({latency(int8)} ms) and "
+        f"{compare(score, fp32)[0]:.2f}x faster than fp32, at {100 * (fp32.accuracy - score.accuracy):.2f} points less."
+    )
+
+
+def disagreements(trial: Trial) -> dict[str, str]:
+    """Layers chosen to run in integers that did not, as name → what ran; empty when nothing was read back."""
+    score = trial.score
+    if score is None or score.executed is None or trial.role != "candidate":
+        return {}
+    wrong = {}
+    for layer, choice in trial.candidate.layers.items():
+        own = re.compile(re.escape(layer) + r"(?![A-Za-z0-9])")
+        ran = {precision for node, precision in score.executed.items() if own.match(node)}
+        if choice.kernel == "int8" and ran and "int8" not in ran:
+            wrong[layer] = ", ".join(sorted(ran))
+    return wrong
+
+
+def described(trial: Trial) -> str:
+    """What was chosen, in a few words: how many layers at which precision, and the widths."""
+    candidate = trial.candidate
+    if trial.role != "candidate":
+        return trial.role
+    counts: dict[str, int] = {}
+    for choice in candidate.layers.values():
+        name = choice.precision + (f" sparse {choice.sparsity.ratio:g}" if choice.sparsity else "")
+        counts[name] = counts.get(name, 0) + 1
+    parts = [f"{n} × {name}" for name, n in sorted(counts.items(), key=lambda kv: -kv[1])]
+    if candidate.student is not None:
+        parts.insert(0, f"student {candidate.student:g}")
+    if candidate.widths:
+        parts.append(f"{len(candidate.widths)} group{'s' * (len(candidate.widths) > 1)} narrower")
+    if candidate.recipe.recover_steps:
+        parts.append(f"{candidate.recipe.recover_steps} recovery steps")
+    return ", ".join(parts) or "as it was"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names in one line, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

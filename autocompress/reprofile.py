@@ -1,0 +1,341 @@
+"""Measure a front or a package again, here or with another profile: what changed, and what still holds."""
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autocompress.core.artifact import Artifact, sha256_of
+from autocompress.core.errors import InputError, RunError, StageError, TargetError, TaskError
+from autocompress.core.front import Front, Limits
+from autocompress.core.measurement import Fingerprint, Interval, Measurement
+from autocompress.core.profile import Profile
+from autocompress.core.trial import Role, Score, Trial
+from autocompress.evaluate import Host
+from autocompress.package import MANIFEST, picks, read_package
+from autocompress.remeasure import Progress, Scorer, measure_usable, open_task, same_numbers, silent
+from autocompress.run import open_run
+
+SCHEMA = 1
+NOT_AGAIN = "not measured again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What is compared. `ratio` is latency over fp32's."""
+
+    ratio: float
+    ratio_ci: Interval
+    latency_ms: float
+    latency_ms_ci: Interval
+    accuracy: float
+    accuracy_ci: Interval | None
+
+    @classmethod
+    def of(cls, score: Score) -> "Figures":
+        """These figures of a score."""
+        return cls(**{f.name: getattr(score, f.name) for f in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One model, recorded and now; a model that does not run here has no figures now, and `failure` says why."""
+
+    trial: int
+    role: Role
+    recorded: Figures
+    now: Figures | None
+    on_front: bool
+    on_front_now: bool
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PickCheck:
+    """Whether an earlier pick still meets what it was picked for; `broken` says which limits it does not."""
+
+    trial: int
+    limits: Mapping[str, float]
+    holds: bool
+    broken: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reprofile:
+    """What a second measurement says of a front.
+
+    Attributes:
+        machine: facts that differ, as name → (recorded, now).
+        fingerprint: the machine in one line.
+        accuracy: where the accuracies come from.
+        tau: Kendall's tau-b of the latencies recorded and now; None with fewer than two that differ.
+        entered, left: trial numbers.
+        pick: the last pick, None where nothing was picked.
+    """
+
+    source: str
+    target: str
+    target_now: str
+    machine: Mapping[str, tuple[str | None, str | None]]
+    fingerprint: str
+    accuracy: str
+    tau: float | None
+    points: tuple[Point, ...]
+    entered: tuple[int, ...]
+    left: tuple[int, ...]
+    pick: PickCheck | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What is measured again, from a run or a package. Artifacts have absolute paths."""
+
+    path: Path
+    task: str | None
+    task_name: str
+    profile: Profile
+    objectives: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    fingerprint: Fingerprint
+    inputs: Path
+    pick: tuple[int, Limits] | None
+
+
+def reprofile(
+    path: Path | str,
+    target: str | None = None,
+    on: str = "local",
+    *,
+    host: Host | None = None,
+    progress: Progress = silent,
+) -> Reprofile:
+    """Measure the front of a run, or a package, again, in fresh processes and interleaved with fp32.
+
+    Args:
+        target: another profile; default is the recorded one.
+        on: where the device is; only `local` so far.
+        host: measures in the place of this machine.
+
+    Raises:
+        InputError: it is neither, a file of it was changed, or the profile takes files of another format.
+        TargetError: the runtime is not usable here, or fp32 fails on it.
+    """
+    if on != "local":
+        raise TargetError(f"`on` = {on!r} is not usable: this version measures on 'local' only")
+    folder = Path(path).resolve()
+    with _open_package(folder) if (folder / MANIFEST).exists() else _open_run(folder) as source:
+        profile = _profile(source, target)
+        if host is not None:
+            return _compare(source, profile, host, progress)
+        from autocompress.device.hosts import LocalHost
+
+        with LocalHost(profile) as local:
+            return _compare(source, profile, local, progress)
+
+
+def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Kendall's tau-b, which corrects for ties (Kendall, 1945); None where either sequence is constant."""
+    pairs = [(i, j) for i in range(len(one)) for j in range(i)]
+    signs = [(_sign(one[i] - one[j]), _sign(other[i] - other[j])) for i, j in pairs]
+    untied = [sum(pair[side] != 0 for pair in signs) for side in (0, 1)]
+    if not all(untied):
+        return None
+    return sum(a * b for a, b in signs) / math.sqrt(untied[0] * untied[1])
+
+
+@contextlib.contextmanager
+def _open_run(folder: Path) -> Iterator[_Source]:
+    from autocompress.loop import finalists
+
+    run = open_run(folder)
+    trials = run.final() or run.trials()
+    last = picks(run)[-1:]
+    numbers = {t.number for t in finalists(trials, run.config.objectives)} | {pick["trial"] for pick in last}
+    again = [_checked(t, run.path) for t in trials if t.number in numbers and t.score is not None]
+    if not any(t.role == "fp32" for t in again):
+        raise RunError(f"{run.path} has no fp32 baseline yet: there is nothing to measure against")
+    machine = next((t.measurement.fingerprint for t in again if t.measurement), Fingerprint(facts={}))
+    yield _Source(
+        path=run.path,
+        task=run.config.task,
+        task_name=run.config.task_name,
+        profile=run.config.profile,
+        objectives=run.config.objectives,
+        trials=tuple(again),
+        fingerprint=machine,
+        inputs=run.data / "validation",
+        pick=(last[0]["trial"], Limits(**last[0]["limits"])) if last else None,
+    )
+
+
+@contextlib.contextmanager
+def _open_package(folder: Path) -> Iterator[_Source]:
+    package = read_package(folder)
+    manifest = package.manifest
+    trials = [dataclasses.replace(manifest.baseline, artifact=package.baseline)]
+    if manifest.trial.number != manifest.baseline.number:
+        trials.append(dataclasses.replace(manifest.trial, artifact=package.model))
+    with package.inputs() as inputs:
+        yield _Source(
+            path=folder,
+            task=manifest.task,
+            task_name=manifest.task_name,
+            profile=manifest.profile,
+            objectives=("accuracy", "latency"),
+            trials=tuple(trials),
+            fingerprint=manifest.fingerprint,
+            inputs=inputs,
+            pick=(manifest.trial.number, manifest.limits),
+        )
+
+
+def _profile(source: _Source, target: str | None) -> Profile:
+    from autocompress.config import load_profile
+    from autocompress.device.runtime import get_runtime
+
+    profile = source.profile if target is None else load_profile(target)
+    if profile.format != source.profile.format:
+        raise InputError(
+            f"{source.path} holds {source.profile.format} files and {profile.name} takes {profile.format}: "
+            f"search for that target with `autocompress search {source.task or 'TASK'} --target {profile.name}`"
+        )
+    found = get_runtime(profile.runtime).available()
+    if not found.usable:
+        raise TargetError(f"runtime {profile.runtime!r} of {profile.name!r} is not usable: {found.reason}")
+    return profile
+
+
+def _compare(source: _Source, profile: Profile, host: Host, progress: Progress) -> Reprofile:
+    progress(f"measuring {len(source.trials)} models in {profile.measure.processes} fresh processes")
+    artifacts = {t.number: t.artifact for t in source.trials if t.artifact is not None}
+    fp32 = next(t.number for t in source.trials if t.role == "fp32")
+    try:
+        taken, failed = measure_usable(host, artifacts[fp32], artifacts, source.inputs, profile.measure.processes)
+        machine = taken[fp32].fingerprint
+        again = {t.number: _timed(t, taken, source, host) for t in source.trials if t.number in taken}
+        scored, accuracy_source = _scored(again, artifacts, same_numbers(source.fingerprint, machine), source, host)
+    except StageError as error:
+        raise TargetError(f"the models cannot be measured here: {error.stage}: {error}") from error
+    before, after = (Front.of(trials, source.objectives) for trials in (source.trials, list(scored.values())))
+    was, now = ({t.number for t in front.points} for front in (before, after))
+    pairs = [(t.score.ratio, s.ratio) for t in source.trials if t.score and (s := _score(scored, t.number))]
+    return Reprofile(
+        source=str(source.path),
+        target=source.profile.name,
+        target_now=profile.name,
+        machine=source.fingerprint.changes(machine),
+        fingerprint=machine.label,
+        accuracy=accuracy_source,
+        tau=kendall_tau([b for b, _ in pairs], [n for _, n in pairs]),
+        points=tuple(
+            Point(
+                trial=t.number,
+                role=t.role,
+                recorded=figures,
+                now=Figures.of(score) if (score := _score(scored, t.number)) else None,
+                on_front=t.number in was,
+                on_front_now=t.number in now,
+                failure=failed.get(t.number),
+            )
+            for t in sorted(source.trials, key=lambda t: t.score.ratio if t.score else math.inf)
+            if (figures := Figures.of(t.score) if t.score else None)
+        ),
+        entered=tuple(sorted(now - was)),
+        left=tuple(sorted(was - now)),
+        pick=_check_pick(source.pick, after, scored, failed),
+    )
+
+
+def _timed(trial: Trial, taken: Mapping[int, Measurement], source: _Source, host: Host) -> Trial:
+    """The trial with the latency, and where it is wanted the memory, that it has here."""
+    score, measurement, artifact = trial.score, taken[trial.number], trial.artifact
+    assert score is not None
+    assert artifact is not None
+    fp32_ms = statistics.median(m.reference_ms for m in taken.values())
+    low, high = measurement.ratio_ci
+    limited = source.pick is not None and source.pick[1].max_memory_mb is not None
+    memory = host.peak_memory(artifact, source.inputs) if limited or "memory" in source.objectives else None
+    changes: dict[str, Any] = {"energy_mj": None, "peak_memory_bytes": memory}
+    reasons = {**score.reasons, "energy_mj": NOT_AGAIN, "peak_memory_bytes": NOT_AGAIN}
+    if memory is not None:
+        del reasons["peak_memory_bytes"]
+    return dataclasses.replace(
+        trial,
+        measurement=measurement,
+        outcome=dataclasses.replace(
+            score,
+            ratio=measurement.ratio,
+            ratio_ci=(low, high),
+            latency_ms=measurement.ratio * fp32_ms,
+            latency_ms_ci=(low * fp32_ms, high * fp32_ms),
+            reasons=reasons,
+            **changes,
+        ),
+    )
+
+
+def _scored(
+    trials: Mapping[int, Trial], artifacts: Mapping[int, Artifact], same: bool, source: _Source, host: Host
+) -> tuple[dict[int, Trial], str]:
+    """The trials with the accuracy they have here, and where it comes from."""
+    if same:
+        return dict(trials), "reused: the files, the runtime and the processor's instructions are the same"
+    try:
+        task = open_task(source.task, source.task_name)
+    except TaskError as error:
+        return dict(trials), f"as recorded, not scored again: {error}"
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+        fp32 = next(artifacts[t.number] for t in trials.values() if t.role == "fp32")
+        scorer = Scorer(task=task, host=host, fp32=fp32, folder=Path(folder))
+        for number, trial in trials.items():
+            assert trial.score is not None
+            accuracy, interval, reason = scorer.score(artifacts[number])
+            reasons = {**trial.score.reasons, **({"accuracy_ci": reason} if reason else {})}
+            score = dataclasses.replace(trial.score, accuracy=accuracy, accuracy_ci=interval, reasons=reasons)
+            found[number] = dataclasses.replace(trial, outcome=score)
+    return found, "scored again: the runtime or the processor's instructions are not the same"
+
+
+def _check_pick(
+    pick: tuple[int, Limits] | None, front: Front, trials: Mapping[int, Trial], failed: Mapping[int, str]
+) -> PickCheck | None:
+    """Whether the pick meets its limits here; one that was picked without limits is to be on the front."""
+    if pick is None:
+        return None
+    number, limits = pick
+    given = {f.name: v for f in dataclasses.fields(limits) if (v := getattr(limits, f.name)) is not None}
+    score = _score(trials, number)
+    fp32 = front.baselines["fp32"].score
+    if score is None:
+        broken = [f"it does not run here: {failed.get(number, 'it has no score')}"]
+    elif given:
+        excess = limits.violations(score, fp32)
+        broken = [f"{name} = {given[name]:g} is exceeded by {v:.1%}" for name, v in excess.items() if v > 0]
+    else:
+        broken = [] if number in {t.number for t in front.points} else ["it is not on the front here"]
+    return PickCheck(trial=number, limits=given, holds=not broken, broken=tuple(broken))
+
+
+def _checked(trial: Trial, folder: Path) -> Trial:
+    """The trial with an absolute path to its file, which is the one that was scored."""
+    assert trial.artifact is not None
+    path = folder / trial.artifact.path
+    if not path.is_file():
+        raise RunError(f"the model of trial {trial.number} is missing: {path}")
+    if sha256_of(path) != trial.artifact.sha256:
+        raise RunError(f"{path} is not the file that was scored as trial {trial.number}: its SHA-256 differs")
+    return dataclasses.replace(trial, artifact=dataclasses.replace(trial.artifact, path=str(path)))
+
+
+def _score(trials: Mapping[int, Trial], number: int) -> Score | None:
+    return trials[number].score if number in trials else None
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)

@@ -1,0 +1,162 @@
+"""Does a package still give its recorded figures, where it stands?"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from autocompress.core.errors import StageError, TaskError, VerifyError
+from autocompress.core.measurement import Interval, merge
+from autocompress.evaluate import Host
+from autocompress.package import Arrays, Package, read_package
+from autocompress.remeasure import Progress, Scorer, changed, open_task, overlap, rounds, silent
+
+# Integer kernels of another processor round some products otherwise; a changed model differs by far more.
+OUTPUT_TOLERANCE = 0.02
+# Where the metric is too slow for an interval, the same file must give the same figure, but for its rounding.
+ACCURACY_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """A package's figures, recorded and now.
+
+    Attributes:
+        machine: facts that differ, as name → (recorded, now).
+        ratio, ratio_now: intervals of the latency over fp32's.
+        accuracy_now: on all of validation; None where the task does not load here, and `accuracy_reason` says why.
+        output_difference: root mean square difference of the outputs on the sample, over that of the outputs.
+    """
+
+    package: str
+    trial: int
+    machine: Mapping[str, tuple[str | None, str | None]]
+    ratio: Interval
+    ratio_now: Interval
+    accuracy: float
+    accuracy_range: Interval
+    accuracy_now: float | None
+    accuracy_reason: str | None
+    output_difference: float
+    sample_items: int
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What lies outside its recorded interval, a sentence each; empty for a package that holds."""
+        found = []
+        if not overlap(self.ratio, self.ratio_now):
+            found.append(f"latency over fp32's is {_text(self.ratio_now)}, recorded was {_text(self.ratio)}")
+        low, high = self.accuracy_range
+        if self.accuracy_now is not None and not low <= self.accuracy_now <= high:
+            found.append(f"accuracy is {self.accuracy_now:.4f}, outside the recorded [{low:.4f}, {high:.4f}]")
+        if not self.output_difference <= OUTPUT_TOLERANCE:
+            found.append(
+                f"outputs on the sample differ by {self.output_difference:.1%}, at most {OUTPUT_TOLERANCE:.0%}"
+            )
+        return tuple(found)
+
+    def lines(self) -> list[str]:
+        """The comparison for people."""
+        now = self.accuracy_now
+        scored = f"not scored now: {self.accuracy_reason}" if now is None else f"{now:.4f} now"
+        return [
+            f"{self.package}: every file is as it was written (trial {self.trial})",
+            f"machine: {changed(self.machine) or 'the same'}",
+            f"latency over fp32's: {_text(self.ratio)} recorded, {_text(self.ratio_now)} now",
+            f"accuracy: {self.accuracy:.4f} recorded, {scored}",
+            f"outputs on {self.sample_items} sample items: {self.output_difference:.2g} apart, relative",
+        ]
+
+    def require(self) -> None:
+        """Raise VerifyError where something is outside."""
+        if self.faults:
+            elsewhere = (
+                f" The machine is another one ({changed(self.machine)}): "
+                f"`autocompress reprofile {self.package}` says what holds on it."
+            )
+            raise VerifyError(f"{'; '.join(self.faults)}.{elsewhere if self.machine else ''}")
+
+
+def verify_package(path: Path | str, host: Host | None = None, *, progress: Progress = silent) -> Verification:
+    """Compare a package with its record: its files' hashes, its latency against fp32, its accuracy and outputs.
+
+    A latency whose interval does not meet the recorded one is measured a second time before it counts.
+
+    Raises:
+        PackageError: it is no package, or a file is missing or was changed.
+        TargetError: its runtime is not usable here.
+        VerifyError: a file does not run here.
+    """
+    package = read_package(path)
+    try:
+        if host is not None:
+            return _verify(package, host, progress)
+        from autocompress.device.hosts import LocalHost
+
+        with LocalHost(package.manifest.profile) as local:
+            return _verify(package, local, progress)
+    except StageError as error:
+        raise VerifyError(f"{package.path} does not run here: {error.stage}: {error}") from error
+
+
+def _verify(package: Package, host: Host, progress: Progress) -> Verification:
+    manifest = package.manifest
+    score = manifest.trial.score
+    assert score is not None  # read_package refuses one without
+    with package.inputs() as inputs, tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
+        progress("comparing outputs on the sample")
+        difference = _difference(package, host, inputs, Path(scratch))
+        progress(f"measuring in {manifest.profile.measure.processes} fresh processes")
+        processes = manifest.profile.measure.processes
+        parts = rounds(host, package.baseline, package.model, inputs, processes)
+        if not overlap(merge(parts).ratio_ci, score.ratio_ci):
+            progress("outside the recorded interval: measuring a second time")
+            parts += rounds(host, package.baseline, package.model, inputs, processes)
+        measured = merge(parts)
+        progress("scoring on validation")
+        accuracy, reason = _rescore(package, host)
+    tolerance = ACCURACY_TOLERANCE * max(1.0, abs(score.accuracy))
+    return Verification(
+        package=str(package.path),
+        trial=manifest.trial.number,
+        machine=manifest.fingerprint.changes(measured.fingerprint),
+        ratio=score.ratio_ci,
+        ratio_now=measured.ratio_ci,
+        accuracy=score.accuracy,
+        accuracy_range=score.accuracy_ci or (score.accuracy - tolerance, score.accuracy + tolerance),
+        accuracy_now=accuracy,
+        accuracy_reason=reason,
+        output_difference=difference,
+        sample_items=manifest.sample_items,
+    )
+
+
+def _rescore(package: Package, host: Host) -> tuple[float | None, str | None]:
+    try:
+        task = open_task(package.manifest.task, package.manifest.task_name)
+    except TaskError as error:
+        return None, str(error)
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+        scorer = Scorer(task=task, host=host, fp32=package.baseline, folder=Path(folder))
+        return scorer.accuracy(package.model), None
+
+
+def _difference(package: Package, host: Host, inputs: Path, out: Path) -> float:
+    """The largest relative difference of an output; infinite where a shape differs."""
+    host.outputs(package.model, inputs, out)
+    recorded: Arrays = package.sample_outputs()
+    worst = 0.0
+    for name, before in recorded.items():
+        now = np.load(out / f"{name}.npy", allow_pickle=False)
+        if now.shape != before.shape:
+            return float("inf")
+        scale = float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
+        apart = float(np.sqrt(np.mean(np.square(now.astype(np.float64) - before))))
+        worst = max(worst, apart / max(scale, 1e-12))
+    return worst
+
+
+def _text(interval: Interval) -> str:
+    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
