@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer import fold_constants
 from torch import nn
 
@@ -99,6 +100,7 @@ def export_template(
         value.const_value = None
         graph.inputs.append(value)
     fold_constants(exported)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(exported)
     _drop_zero_biases(graph)
     _free_flattened_sizes(graph)
     exported.ir_version = IR_VERSION
