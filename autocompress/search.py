@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress.core.errors import InputError, RunError, TargetError
+from autocompress.core.errors import InputError, RunError, StageError, TargetError
 from autocompress.core.front import Limits, parse_objectives
 from autocompress.core.profile import Profile
 from autocompress.core.space import SpaceRules
@@ -146,11 +146,20 @@ def conduct(
                 reason = session.explore(seeds(evaluator.space)[::workers], others.check)
                 others.join()
             if run.final() is None:
-                session.finalise()
+                _finalise(session, run, progress)
         except Interrupted as stop:
             session.ended(f"{stop}; the front was not measured again")
             raise
         session.ended(reason)
+
+
+def _finalise(session: Session, run: Run, progress: Progress) -> None:
+    """A file that cannot be measured again must not cost the search: its front then stands as it was found."""
+    try:
+        session.finalise()
+    except StageError as error:
+        run.log("not_finalised", stage=error.stage, message=str(error))
+        progress.stage(f"the front could not be measured again, it stands as found: {error}")
 
 
 def worker(
@@ -216,8 +225,8 @@ def _evaluator(task: "CheckedTask", run: Run) -> Iterator[CandidateEvaluator]:
     from autocompress.evaluate import Evaluator
 
     config = run.config
-    with LocalHost(config.profile) as host, Evaluator(task, run, config.profile, config.rules, host) as evaluator:
-        yield evaluator
+    with LocalHost(config.profile) as host:
+        yield Evaluator(task, run, config.profile, config.rules, host)
 
 
 def _open_study(evaluator: CandidateEvaluator, run: Run, *, offset: int) -> "Study":

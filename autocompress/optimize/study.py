@@ -44,7 +44,7 @@ class Study:
         variables: choices by variable name.
         digest: identity of what values mean; two with the same digest are duplicates.
         seed: of the sampler. A resumed study goes on with other random numbers.
-        attributes: written into a new study for whoever opens it, such as the path of the run.
+        attributes: written into the study for whoever opens it, such as the path of the run.
 
     Raises:
         RunError: the storage cannot be used, or the study in it was made for other variables or objectives.
@@ -179,7 +179,7 @@ class Study:
                     "it was started with, or name another study"
                 )
         for key, value in (attributes | wanted).items():
-            if key not in known:
+            if known.get(key) != value:
                 self._record.set_user_attr(key, value)
 
     def _sync(self) -> None:
