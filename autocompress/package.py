@@ -36,6 +36,7 @@ from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.record import dump, load
 from autocompress.core.trial import Trial
+from autocompress.picks import note_pick
 from autocompress.run import Run, library_versions, utc_now, write_json
 
 SCHEMA = 1
@@ -43,7 +44,6 @@ SAMPLE_ITEMS = 256
 SAMPLE_BYTES = 20_000_000
 MANIFEST = "manifest.json"
 INPUTS, OUTPUTS = "sample-inputs.npz", "sample-outputs.npz"
-PICKS = "picks.json"
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -109,8 +109,6 @@ class Package:
         """A folder with the sample's inputs as `<name>.npy`, for the device."""
         with TemporaryDirectory(prefix="autocompress-") as folder:
             for name, array in _read_npz(self.path / INPUTS).items():
-                if PurePosixPath(name).name != name or "\\" in name:
-                    raise PackageError(f"{self.path / INPUTS}: {name!r} cannot be the name of an input")
                 np.save(Path(folder) / f"{name}.npy", array, allow_pickle=False)
             yield Path(folder)
 
@@ -140,7 +138,7 @@ def write_package(run: Run, trial: Trial, out: Path | str, *, limits: Limits | N
         raise PackageError(f"cannot write a package at {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _note_pick(run, trial, target, limits or Limits())
+    note_pick(run, trial.number, limits or Limits(), target)
     return target
 
 
@@ -166,15 +164,6 @@ def read_package(path: Path | str) -> Package:
         if name not in manifest.files:
             raise PackageError(f"{path}: {MANIFEST} has no SHA-256 of {name!r}, which it needs")
     return Package(path=folder, manifest=manifest)
-
-
-def picks(run: Run) -> list[dict[str, Any]]:
-    """Earlier picks from this run, oldest first: trial, limits, package, time."""
-    try:
-        found = json.loads((run.path / PICKS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    return list(found)
 
 
 def _fill(folder: Path, run: Run, trial: Trial, baseline: Trial, limits: Limits) -> None:
@@ -252,9 +241,13 @@ def _open_array(path: Path) -> NDArray[Any]:
 def _read_npz(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            arrays = dict(file)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise PackageError(f"{path} cannot be read: {error}") from error
+    for name in arrays:
+        if PurePosixPath(name).name != name or "\\" in name:  # names become files
+            raise PackageError(f"{path}: {name!r} cannot be the name of an input or output")
+    return arrays
 
 
 def _samples(run: Run, trial: Trial) -> Measurement | None:
@@ -288,13 +281,6 @@ def _model_path(trial: Trial) -> str:
     if trial.artifact is None or trial.score is None:
         raise PackageError(f"{MANIFEST}: trial {trial.number} has no scored model")
     return trial.artifact.path
-
-
-def _note_pick(run: Run, trial: Trial, package: Path, limits: Limits) -> None:
-    given = {f.name: v for f in dataclasses.fields(limits) if (v := getattr(limits, f.name)) is not None}
-    pick = {"trial": trial.number, "limits": given, "package": str(package), "time": utc_now()}
-    write_json(run.path / PICKS, [*picks(run), pick])
-    run.log("picked", **pick)
 
 
 def _readme(run: Run, trial: Trial, items: int) -> str:

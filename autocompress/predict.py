@@ -36,7 +36,7 @@ def predict(session: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     if len(counts) != 1:
         raise ValueError(f"all inputs must have the same number of items, got {sorted(counts)}")
     names = [value.name for value in session.get_outputs()]
-    if all(isinstance(value.shape[0], str) for value in expected.values()):
+    if not any(isinstance(value.shape[0], int) for value in expected.values()):
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     rows = [session.run(names, {n: array[i : i + 1] for n, array in inputs.items()}) for i in range(counts.pop())]
     return {name: np.concatenate([row[k] for row in rows]) for k, name in enumerate(names)}

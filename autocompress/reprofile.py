@@ -1,25 +1,23 @@
 """Measure a front or a package again, here or with another profile: what changed, and what still holds."""
 
-import contextlib
 import dataclasses
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autocompress.core.artifact import Artifact, sha256_of
-from autocompress.core.errors import InputError, RunError, StageError, TargetError, TaskError
+from autocompress.core.artifact import Artifact
+from autocompress.core.errors import InputError, StageError, TargetError, TaskError
 from autocompress.core.front import Front, Limits
-from autocompress.core.measurement import Fingerprint, Interval, Measurement
+from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.trial import Role, Score, Trial
 from autocompress.evaluate import Host
-from autocompress.package import MANIFEST, picks, read_package
+from autocompress.recorded import Recorded, open_recorded
 from autocompress.remeasure import Progress, Scorer, measure_usable, open_task, same_numbers, silent
-from autocompress.run import open_run
 
 SCHEMA = 1
 NOT_AGAIN = "not measured again"
@@ -91,21 +89,6 @@ class Reprofile:
     pick: PickCheck | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """What is measured again, from a run or a package. Artifacts have absolute paths."""
-
-    path: Path
-    task: str | None
-    task_name: str
-    profile: Profile
-    objectives: tuple[str, ...]
-    trials: tuple[Trial, ...]
-    fingerprint: Fingerprint
-    inputs: Path
-    pick: tuple[int, Limits] | None
-
-
 def reprofile(
     path: Path | str,
     target: str | None = None,
@@ -127,8 +110,7 @@ def reprofile(
     """
     if on != "local":
         raise TargetError(f"`on` = {on!r} is not usable: this version measures on 'local' only")
-    folder = Path(path).resolve()
-    with _open_package(folder) if (folder / MANIFEST).exists() else _open_run(folder) as source:
+    with open_recorded(Path(path)) as source:
         profile = _profile(source, target)
         if host is not None:
             return _compare(source, profile, host, progress)
@@ -148,53 +130,7 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
     return sum(a * b for a, b in signs) / math.sqrt(untied[0] * untied[1])
 
 
-@contextlib.contextmanager
-def _open_run(folder: Path) -> Iterator[_Source]:
-    from autocompress.loop import finalists
-
-    run = open_run(folder)
-    trials = run.final() or run.trials()
-    last = picks(run)[-1:]
-    numbers = {t.number for t in finalists(trials, run.config.objectives)} | {pick["trial"] for pick in last}
-    again = [_checked(t, run.path) for t in trials if t.number in numbers and t.score is not None]
-    if not any(t.role == "fp32" for t in again):
-        raise RunError(f"{run.path} has no fp32 baseline yet: there is nothing to measure against")
-    machine = next((t.measurement.fingerprint for t in again if t.measurement), Fingerprint(facts={}))
-    yield _Source(
-        path=run.path,
-        task=run.config.task,
-        task_name=run.config.task_name,
-        profile=run.config.profile,
-        objectives=run.config.objectives,
-        trials=tuple(again),
-        fingerprint=machine,
-        inputs=run.data / "validation",
-        pick=(last[0]["trial"], Limits(**last[0]["limits"])) if last else None,
-    )
-
-
-@contextlib.contextmanager
-def _open_package(folder: Path) -> Iterator[_Source]:
-    package = read_package(folder)
-    manifest = package.manifest
-    trials = [dataclasses.replace(manifest.baseline, artifact=package.baseline)]
-    if manifest.trial.number != manifest.baseline.number:
-        trials.append(dataclasses.replace(manifest.trial, artifact=package.model))
-    with package.inputs() as inputs:
-        yield _Source(
-            path=folder,
-            task=manifest.task,
-            task_name=manifest.task_name,
-            profile=manifest.profile,
-            objectives=("accuracy", "latency"),
-            trials=tuple(trials),
-            fingerprint=manifest.fingerprint,
-            inputs=inputs,
-            pick=(manifest.trial.number, manifest.limits),
-        )
-
-
-def _profile(source: _Source, target: str | None) -> Profile:
+def _profile(source: Recorded, target: str | None) -> Profile:
     from autocompress.config import load_profile
     from autocompress.device.runtime import get_runtime
 
@@ -210,7 +146,7 @@ def _profile(source: _Source, target: str | None) -> Profile:
     return profile
 
 
-def _compare(source: _Source, profile: Profile, host: Host, progress: Progress) -> Reprofile:
+def _compare(source: Recorded, profile: Profile, host: Host, progress: Progress) -> Reprofile:
     progress(f"measuring {len(source.trials)} models in {profile.measure.processes} fresh processes")
     artifacts = {t.number: t.artifact for t in source.trials if t.artifact is not None}
     fp32 = next(t.number for t in source.trials if t.role == "fp32")
@@ -251,7 +187,7 @@ def _compare(source: _Source, profile: Profile, host: Host, progress: Progress) 
     )
 
 
-def _timed(trial: Trial, taken: Mapping[int, Measurement], source: _Source, host: Host) -> Trial:
+def _timed(trial: Trial, taken: Mapping[int, Measurement], source: Recorded, host: Host) -> Trial:
     """The trial with the latency, and where it is wanted the memory, that it has here."""
     score, measurement, artifact = trial.score, taken[trial.number], trial.artifact
     assert score is not None
@@ -280,7 +216,7 @@ def _timed(trial: Trial, taken: Mapping[int, Measurement], source: _Source, host
 
 
 def _scored(
-    trials: Mapping[int, Trial], artifacts: Mapping[int, Artifact], same: bool, source: _Source, host: Host
+    trials: Mapping[int, Trial], artifacts: Mapping[int, Artifact], same: bool, source: Recorded, host: Host
 ) -> tuple[dict[int, Trial], str]:
     """The trials with the accuracy they have here, and where it comes from."""
     if same:
@@ -320,17 +256,6 @@ def _check_pick(
     else:
         broken = [] if number in {t.number for t in front.points} else ["it is not on the front here"]
     return PickCheck(trial=number, limits=given, holds=not broken, broken=tuple(broken))
-
-
-def _checked(trial: Trial, folder: Path) -> Trial:
-    """The trial with an absolute path to its file, which is the one that was scored."""
-    assert trial.artifact is not None
-    path = folder / trial.artifact.path
-    if not path.is_file():
-        raise RunError(f"the model of trial {trial.number} is missing: {path}")
-    if sha256_of(path) != trial.artifact.sha256:
-        raise RunError(f"{path} is not the file that was scored as trial {trial.number}: its SHA-256 differs")
-    return dataclasses.replace(trial, artifact=dataclasses.replace(trial.artifact, path=str(path)))
 
 
 def _score(trials: Mapping[int, Trial], number: int) -> Score | None:

@@ -52,8 +52,11 @@ def run(args: argparse.Namespace) -> int:
     lost = text.drop(trial.score, fp32)
     print(f"picked trial {trial.number}: {text.described(trial)}")
     print(f"  accuracy {text.accuracy(trial.score)}" + ("" if lost is None else f", {lost:.2f} points below fp32"))
-    print(f"  latency {text.latency(trial.score)} ms: {text.compared(trial.score, fp32)} against fp32,", end=" ")
-    print(f"{text.compared(trial.score, int8)} against uniform-int8")
+    print(
+        f"  latency {text.latency(trial.score)} ms: {text.compared(text.against_fp32(trial.score))} against fp32,",
+        end=" ",
+    )
+    print(f"{text.compared(text.against(trial.score, int8) if int8 else None)} against uniform-int8")
     print(f"  size {text.size(trial.score.size_bytes)}, peak memory {text.size(trial.score.peak_memory_bytes)}")
     print(f"package: {package}")
     return 0

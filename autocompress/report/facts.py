@@ -82,7 +82,7 @@ def footer(facts: Facts, front: Front, trials: Sequence[Trial]) -> list[str]:
         lines.append(f"{failed} of {facts.trials} trials failed: {stages}.")
     if facts.left_alone:
         names = text.listed(sorted(facts.left_alone))
-        lines.append(f"{len(facts.left_alone)} layers or groups were left alone ({names}); `report` says why.")
+        lines.append(f"Left alone: {len(facts.left_alone)} ({names}); `autocompress report` says why.")
     for number, wrong in facts.executed.items():
         ran = ", ".join(f"{n} ran as {p}" for n, p in list(wrong.items())[:3])
         lines.append(f"Trial {number}: the runtime did not run {len(wrong)} layers as chosen ({ran}).")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from autocompress.core.front import MB, Front
-from autocompress.core.measurement import separated
+from autocompress.core.measurement import Interval, separated
 from autocompress.core.trial import Score, Trial
 
 Verdict = Literal["faster", "even", "slower"]
@@ -21,7 +21,7 @@ def accuracy(score: Score) -> str:
 def latency(score: Score) -> str:
     """Milliseconds with their interval, to three significant digits."""
     low, high = score.latency_ms_ci
-    return f"{score.latency_ms:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{_digits(score.latency_ms)} [{_digits(low)}, {_digits(high)}]"
 
 
 def drop(score: Score, fp32: Score | None) -> float | None:
@@ -43,20 +43,19 @@ def seconds(value: float) -> str:
     return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"
 
 
-def compare(score: Score, other: Score) -> tuple[float, Verdict]:
+def against_fp32(score: Score) -> tuple[float, Verdict]:
+    """How many times faster than fp32, with which it took turns, and whether the interval leaves 1 out."""
+    return 1 / score.ratio, _verdict(score.ratio_ci, (1.0, 1.0))
+
+
+def against(score: Score, other: Score) -> tuple[float, Verdict]:
     """How many times faster than `other`, and whether their intervals part. Both are ratios to the same fp32."""
-    ratio = other.ratio / score.ratio
-    if separated(score.ratio_ci, other.ratio_ci):
-        return ratio, "faster"
-    return ratio, "slower" if separated(other.ratio_ci, score.ratio_ci) else "even"
+    return other.ratio / score.ratio, _verdict(score.ratio_ci, other.ratio_ci)
 
 
-def compared(score: Score, other: Score | None) -> str:
+def compared(pair: tuple[float, Verdict] | None) -> str:
     """`1.71x faster`, `1.01x even`, `0.80x slower`; nothing to compare with is `n/a`."""
-    if other is None:
-        return "n/a"
-    ratio, verdict = compare(score, other)
-    return f"{ratio:.2f}x {verdict}"
+    return "n/a" if pair is None else f"{pair[0]:.2f}x {pair[1]}"
 
 
 def baseline(front: Front, role: str) -> Score | None:
@@ -74,7 +73,7 @@ def verdict(front: Front, max_drop: float = 1.0) -> str:
     winners = [
         (t, s)
         for t, s in near
-        if t.role == "candidate" and compare(s, int8)[1] == "faster" and compare(s, fp32)[1] == "faster"
+        if t.role == "candidate" and against(s, int8)[1] == "faster" and against_fp32(s)[1] == "faster"
     ]
     if not winners:
         return (
@@ -84,8 +83,8 @@ def verdict(front: Front, max_drop: float = 1.0) -> str:
     trial, score = min(winners, key=lambda row: row[1].latency_ms)
     return (
         f"Trial {trial.number} is the fastest within {max_drop:g} point of fp32's accuracy: {latency(score)} ms, "
-        f"{compare(score, int8)[0]:.2f}x faster than uniform-int8 ({latency(int8)} ms) and "
-        f"{compare(score, fp32)[0]:.2f}x faster than fp32, at {100 * (fp32.accuracy - score.accuracy):.2f} points less."
+        f"{against(score, int8)[0]:.2f}x faster than uniform-int8 ({latency(int8)} ms) and "
+        f"{against_fp32(score)[0]:.2f}x faster than fp32, at {100 * (fp32.accuracy - score.accuracy):.2f} points less."
     )
 
 
@@ -126,3 +125,14 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """Names in one line, the first few of many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, zeros included."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def _verdict(interval: Interval, other: Interval) -> Verdict:
+    if separated(interval, other):
+        return "faster"
+    return "slower" if separated(other, interval) else "even"
