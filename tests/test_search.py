@@ -98,11 +98,11 @@ def test_the_budget_counts_the_record_and_nothing_is_evaluated_twice(run: Run) -
 
 def test_a_time_budget_ends_after_the_trial_that_is_running(run: Run) -> None:
     evaluator = scripted.Scripted(run, sleep=0.1)
-    budget = Budget(deadline=time.monotonic() + 1.0)
+    budget = Budget(deadline=time.monotonic() + 4.0)
     begin = time.monotonic()
     conduct(evaluator, run, budget=budget, progress=Silent(), signals=Signals())
-    assert time.monotonic() - begin < 5
-    assert 3 <= len(run.trials()) <= 11
+    assert time.monotonic() - begin < 10
+    assert 3 <= len(run.trials()) <= 41
     assert events(run, "run_ended")[0]["reason"] == "time"
 
 

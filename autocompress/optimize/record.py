@@ -8,9 +8,12 @@ samplers and the dashboard read.
 import contextlib
 import dataclasses
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -18,6 +21,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -40,6 +44,8 @@ def storage_errors(url: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise RunError(f"the storage {shown} needs a database driver that is not installed: {error}") from error
+    except FileNotFoundError as error:
+        raise RunError(f"the storage {shown} cannot be used: there is no directory {error.filename}") from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise RunError(f"the storage {shown} cannot be used: {cause}") from error
@@ -76,11 +82,28 @@ class FastStorage(RDBStorage):
 def open_storage(url: str) -> RDBStorage:
     """The storage behind `url`; SQLite waits for another process's commit for up to BUSY_TIMEOUT_S seconds."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kwargs: dict[str, Any] = {}
-    if url.startswith("sqlite"):
-        kwargs["connect_args"] = {"timeout": BUSY_TIMEOUT_S}
     with storage_errors(url):
-        return FastStorage(url, engine_kwargs=kwargs)
+        if not url.startswith("sqlite"):
+            return FastStorage(url)
+        _create_sqlite(url)
+        return FastStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT_S}})
+
+
+def _create_sqlite(url: str) -> None:
+    """Let a new database file appear with all its tables: two processes that create them in place fail each other."""
+    parsed = make_url(url.replace("{{", "{").replace("}}", "}"))
+    if parsed.database in (None, "", ":memory:") or parsed.query or os.path.exists(parsed.database):
+        return
+    final = Path(parsed.database)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".study-") as folder:
+        empty = Path(folder) / "study.db"
+        close_storage(RDBStorage("sqlite:///" + str(empty).replace("{", "{{").replace("}", "}}")))
+        try:
+            os.link(empty, final)
+        except FileExistsError:
+            return  # another process was first
+        except OSError:  # a file system without links
+            empty.rename(final)
 
 
 def close_storage(storage: RDBStorage) -> None:

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -302,3 +304,10 @@ def test_attributes_say_which_run(make: Make, url: str) -> None:
 def test_an_unknown_sampler_is_named(make: Make) -> None:
     with pytest.raises(InputError, match=r"Unknown sampler 'nsga3'\. Did you mean 'nsga2'"):
         make(sampler="nsga3")
+
+
+def test_processes_that_create_the_record_together_do_not_fail_each_other(url: str) -> None:
+    """A reader that comes while a search begins must not break it."""
+    code = "import sys; from autocompress.optimize.record import read_trials; print(read_trials(sys.argv[1], 's'))"
+    readers = [subprocess.Popen([sys.executable, "-c", code, url], stdout=subprocess.PIPE) for _ in range(4)]
+    assert [reader.communicate()[0] for reader in readers] == [b"[]\n"] * 4
