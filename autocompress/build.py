@@ -118,7 +118,7 @@ class Builder:
                 self._checked_kernels.add(candidate.kernel_key)
             return self._write(candidate.digest, data, *spec)
 
-    def vendor_int8(self, watch: Stopwatch) -> Artifact:
+    def vendor_int8(self, watch: Stopwatch, *, reduce_range: bool) -> Artifact:
         """Uniform INT8 of the original by the runtime's own tool."""
         from autocompress.export.graph import to_bytes
         from autocompress.export.vendor import onnxruntime_uniform_int8
@@ -127,7 +127,9 @@ class Builder:
             made = self._float(Candidate(), watch)
             graph = made.template.fill(made.model)
             spec = _specs(graph)
-            data = onnxruntime_uniform_int8(to_bytes(graph), self._calibration_feeds(made.template))
+            data = onnxruntime_uniform_int8(
+                to_bytes(graph), self._calibration_feeds(made.template), reduce_range=reduce_range
+            )
             return self._write("uniform-int8", data, *spec)
 
     def _float(self, candidate: Candidate, watch: Stopwatch) -> _Float:

@@ -12,7 +12,7 @@ from autocompress.build import Builder, Stopwatch
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
-from autocompress.core.measurement import Interval, Measurement, merge
+from autocompress.core.measurement import Fingerprint, Interval, Measurement, merge
 from autocompress.core.profile import Profile
 from autocompress.core.space import Space, SpaceRules, Structure
 from autocompress.core.trial import Failure, Role, Score, Trial
@@ -32,6 +32,7 @@ class Host(Protocol):
     def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None: ...
     def executed(self, artifact: Artifact, inputs: Path) -> dict[str, str] | None: ...
     def peak_memory(self, artifact: Artifact, inputs: Path) -> int: ...
+    def fingerprint(self) -> Fingerprint: ...
     def energy(self, artifact: Artifact, inputs: Path) -> float | str: ...
 
 
@@ -44,15 +45,21 @@ class Evaluator:
     """
 
     def __init__(self, task: "CheckedTask", run: "Run", profile: Profile, rules: SpaceRules, host: Host) -> None:
+        from autocompress.export.qdq import integer_weight_bits
+
         self._task = task
         self._run = run
         self._host = host
         self._builder = Builder(task, run.path)
         self.structure: Structure = self._builder.structure
+        facts = host.fingerprint().facts
+        profile = dataclasses.replace(
+            profile, integer_weight_bits=min(profile.integer_weight_bits, integer_weight_bits(facts))
+        )
+        self._profile = profile
         self.space: Space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
         self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
         self._with_energy = "energy" in run.config.objectives
-        self._plan = profile.measure
         self._items = len(task.split("validation"))
         self._written: set[str] = set()
         self._bootstrap: PairedBootstrap | None = None
@@ -84,9 +91,7 @@ class Evaluator:
         latency_from = None
         outcome: Score | Failure
         try:
-            made.append(
-                self._builder.vendor_int8(watch) if role == "uniform-int8" else self._builder.build(candidate, watch)
-            )
+            made.append(self._build(candidate, role, watch))
             if role == "fp32":
                 self._reference = made[0]
             figures = self._accuracy_of(made[0], watch)
@@ -117,6 +122,11 @@ class Evaluator:
             seconds=dict(watch.seconds),
         )
 
+    def _build(self, candidate: Candidate, role: Role, watch: Stopwatch) -> Artifact:
+        if role == "uniform-int8":
+            return self._builder.vendor_int8(watch, reduce_range=self._profile.integer_weight_bits < 8)
+        return self._builder.build(candidate, watch)
+
     def finalise(self, trials: Sequence[Trial]) -> list[Trial]:
         """These trials measured again, round-robin in fresh processes, with test accuracy and peak memory.
 
@@ -126,7 +136,7 @@ class Evaluator:
         artifacts = {t.number: self._artifact_of(t) for t in trials if t.score is not None}
         rounds = [
             self._host.measure([reference, *artifacts.values()], self._inputs("validation"), fresh=True)
-            for _ in range(self._plan.processes)
+            for _ in range(self._profile.measure.processes)
         ]
         again = {number: merge(list(parts)) for number, parts in zip(artifacts, zip(*rounds, strict=True), strict=True)}
         reference_ms = statistics.median(m.reference_ms for m in again.values())

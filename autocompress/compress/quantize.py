@@ -34,9 +34,7 @@ class ActivationScale:
     zero_point: int
 
 
-def quantize_weight(
-    weight: NDArray[np.float32], bits: int, axis: int
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_weight(weight: NDArray[np.float32], bits: int, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round `weight` to signed integers of `bits` bits with one scale per index of `axis`.
 
     At 8 bits the scale is the largest magnitude over 127. Below, where clipping a few weights pays, it is the one of

@@ -81,9 +81,7 @@ def cut_widths(model: nn.Module, groups: Sequence[ChannelGroup], widths: Mapping
     return model
 
 
-def channel_groups(
-    model: nn.Module, call: Call, allowed: Collection[str]
-) -> tuple[list[ChannelGroup], dict[str, str]]:
+def channel_groups(model: nn.Module, call: Call, allowed: Collection[str]) -> tuple[list[ChannelGroup], dict[str, str]]:
     """The groups that can be cut, and for each other one, by the name of its first layer, why not."""
     model = copy.deepcopy(model).requires_grad_(True)
     names = {module: name for name, module in model.named_modules()}
@@ -165,7 +163,9 @@ def _reason_to_keep(model: nn.Module, call: Call, group: ChannelGroup, expected:
     with torch.no_grad():
         masked = _flat(call(_mask(model, group, group.removed(width))))
     scale = max(float(e.double().abs().max()) for e in expected) + 1e-6
-    if any(float((a.double() - m.double()).abs().max()) > _TOLERANCE * scale for a, m in zip(actual, masked, strict=True)):
+    if any(
+        float((a.double() - m.double()).abs().max()) > _TOLERANCE * scale for a, m in zip(actual, masked, strict=True)
+    ):
         return "cutting channels is not the same as silencing them (heads, attention scale or a mix across channels)"
     return None
 

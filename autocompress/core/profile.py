@@ -20,6 +20,8 @@ class Profile:
         options: options of the runtime, passed to it as they stand.
         precisions: for each layer kind, the precisions worth searching on this device.
         width_multiple: channel widths are searched in multiples of this (kernels run in such steps).
+        integer_weight_bits: most bits of the weights in layers that run on integers. 7 on x86 without VNNI, where
+            the kernels add pairs of uint8 × int8 products in 16 bits and larger weights overflow.
         measure: the measuring plan.
     """
 
@@ -30,6 +32,7 @@ class Profile:
     precisions: Mapping[str, tuple[str, ...]]
     width_multiple: int
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    integer_weight_bits: int = 8
     measure: MeasurePlan = field(default_factory=MeasurePlan)
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -37,9 +40,18 @@ class Profile:
     def __post_init__(self) -> None:
         if self.width_multiple < 1:
             raise InputError(f"`width_multiple` must be at least 1, got {self.width_multiple}")
+        if not 2 <= self.integer_weight_bits <= 8:
+            raise InputError(f"`integer_weight_bits` must be in 2..8, got {self.integer_weight_bits}")
         for names in self.precisions.values():
             for name in names:
                 parse_precision(name)
+
+    def executable(self, precision: str) -> str:
+        """The precision, or the nearest one below whose integer weights do not overflow here."""
+        choice = parse_precision(precision)
+        if choice.kernel == "int8" and choice.weight_bits > self.integer_weight_bits:
+            return f"w{self.integer_weight_bits}a{choice.activation_bits}"
+        return precision
 
     def allows(self, kind: str, precision: str) -> bool:
         """Whether `precision` is worth searching for layers of `kind` here; float always is."""

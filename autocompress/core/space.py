@@ -140,7 +140,10 @@ class SpaceRules:
             for p in wanted:
                 if not profile.allows(layer.kind, p):
                     dropped[f"{p} for {layer.kind} layers"] = f"profile {profile.name} does not list it as paying there"
-            allowed = tuple(dict.fromkeys(p for p in wanted if profile.allows(layer.kind, p)))
+                elif (instead := profile.executable(p)) != p:
+                    why = f"integer weights of more than {profile.integer_weight_bits} bits overflow in its kernels"
+                    dropped[p] = f"{why}: {instead} instead"
+            allowed = tuple(dict.fromkeys(profile.executable(p) for p in wanted if profile.allows(layer.kind, p)))
             precisions[layer.name] = allowed or ("fp32",)
             sparsities[layer.name] = next((r.sparsities for r in reversed(rules) if r.sparsities is not None), (0.0,))
         widths = {
@@ -157,6 +160,7 @@ class SpaceRules:
             students=self.students if has_student else (),
             calibrators=self.calibrators,
             dropped=dropped,
+            executable={p: profile.executable(p) for rule in self.layers for p in rule.precisions or ()},
         )
 
     def _check_names(self, structure: Structure) -> None:
@@ -176,6 +180,7 @@ class Space:
         precisions, sparsities: allowed choices by layer.
         widths: allowed widths by group, descending, the original first.
         dropped: choices the rules ask for and the device does not pay for, with the reason.
+        executable: for each precision of the rules, the one that stands for it on this device.
     """
 
     structure: Structure
@@ -186,6 +191,7 @@ class Space:
     students: tuple[float, ...]
     calibrators: tuple[Calibrator, ...]
     dropped: Mapping[str, str]
+    executable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, tuple[Choice, ...]]:
@@ -233,6 +239,7 @@ class Space:
 
     def uniform(self, precision: str, width_ratio: float = 1.0, sparsity: float = 0.0) -> dict[str, Choice]:
         """Values for one policy everywhere: `precision` where allowed, widths nearest to `width_ratio`."""
+        precision = self.executable.get(precision, precision)
         values: dict[str, Choice] = {}
         for name, choices in self.variables.items():
             kind, _, rest = name.partition(":")

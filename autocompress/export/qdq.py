@@ -23,6 +23,19 @@ _JOINS = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}
 
 
+_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def integer_weight_bits(facts: Mapping[str, str]) -> int:
+    """Bits of weights that the kernels of this machine multiply exactly, given its fingerprint's facts.
+
+    x86 without VNNI adds pairs of uint8 × int8 products in saturating 16 bits: weights of 8 bits overflow there, of 7
+    they cannot. ONNX Runtime's documentation calls the remedy `reduce_range`.
+    """
+    x86 = facts.get("arch") in ("x86_64", "AMD64")
+    return 7 if x86 and not _VNNI & set(facts.get("flags", "").split()) else 8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """A node that runs on integers, with the activation it swallows; `inputs` and `output` are the tensors between."""

@@ -15,10 +15,11 @@ from autocompress.core.extras import require
 Feeds = Mapping[str, NDArray[np.generic]]
 
 
-def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds]) -> bytes:
+def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds], *, reduce_range: bool) -> bytes:
     """`quant_pre_process`, then `quantize_static` with QDQ, per channel, uint8 activations, int8 weights, min/max.
 
-    These are the settings the ONNX Runtime documentation recommends on x86.
+    These are the settings the ONNX Runtime documentation recommends on x86; `reduce_range` (7-bit weights) is what it
+    recommends there for processors without VNNI.
 
     Raises:
         StageError: the tool fails on this model.
@@ -48,6 +49,7 @@ def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds]) -> bytes:
                 Reader(),
                 quant_format=tool.QuantFormat.QDQ,
                 per_channel=True,
+                reduce_range=reduce_range,
                 activation_type=tool.QuantType.QUInt8,
                 weight_type=tool.QuantType.QInt8,
             )
