@@ -1,11 +1,12 @@
 """The loop of a search: ask, evaluate, tell, until the budget is spent, the space is empty, or a signal comes."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,16 +80,19 @@ class Session:
         budget: Budget,
         progress: Progress,
         signals: Signals,
+        started: float | None = None,
     ) -> None:
+        """`started`, on time.monotonic(), is when preparing began; default is now."""
         self._evaluator = evaluator
         self._run = run
         self._study = study
         self._budget = budget
         self._progress = progress
         self._signals = signals
-        self._started = time.monotonic()
+        now = time.monotonic()
+        self._started = now if started is None else started
         self._own = 0
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._seconds: defaultdict[str, float] = defaultdict(float, prepare=now - self._started)
         self._front = frozenset(t.number for t in points(study.trials(), run.config.objectives))
 
     def baselines(self) -> None:
@@ -122,7 +126,8 @@ class Session:
         steps = self._run.config.recover_steps
         while (reason := self._budget.spent(len(self._study))) is None:
             alive()
-            asked = self._study.ask()
+            with self._timed("study"):
+                asked = self._study.ask()
             if asked is None:
                 return "space exhausted"
             self._evaluate(asked, self._evaluator.space.decode(asked, recover_steps=steps), "candidate")
@@ -132,9 +137,8 @@ class Session:
         """Measure front and baselines again and keep that as the run's front."""
         chosen = finalists(self._study.trials(), self._run.config.objectives)
         self._progress.stage(f"measuring {len(chosen)} models of the front again, in fresh processes")
-        before = time.monotonic()
-        final = self._evaluator.finalise(chosen)
-        self._seconds["finalise"] += time.monotonic() - before
+        with self._timed("finalise"):
+            final = self._evaluator.finalise(chosen)
         with self._signals.deferred():
             self._run.write_final(final)
             self._run.log("finalised", trials=[t.number for t in final], seconds=self._seconds["finalise"])
@@ -142,7 +146,7 @@ class Session:
     def ended(self, reason: str) -> None:
         """Log how it ended and where the time of this process went."""
         total = time.monotonic() - self._started
-        work = sum(self._seconds[stage] for stage in WORK)
+        work = sum(self._seconds.get(stage, 0.0) for stage in WORK)
         self._run.log(
             "run_ended",
             reason=reason,
@@ -152,13 +156,22 @@ class Session:
             overhead=max(0.0, 1 - work / total) if total > 0 else 0.0,
         )
 
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += time.monotonic() - begin
+
     def _evaluate(self, values: Values, candidate: Candidate, role: Role) -> Trial:
         finished = self._evaluator.evaluate(candidate, role)
         with self._signals.deferred():
             violations = {}
             if finished.score is not None:
                 violations = self._run.config.limits.violations(finished.score, self._fp32(finished))
-            trial = self._study.tell(finished, values, violations)
+            with self._timed("study"):
+                trial = self._study.tell(finished, values, violations)
             self._own += 1
             for stage, seconds in trial.seconds.items():
                 self._seconds[stage] += seconds

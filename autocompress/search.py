@@ -112,13 +112,15 @@ def search(
     )
     run = _resumed(out, config) if resume else _created(out, config)
     shown = open_progress() if progress is True else progress or Silent()
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    budget = Budget(trials=trials, deadline=deadline)
+    started = time.monotonic()
+    budget = Budget(trials=trials, deadline=math.inf if timeout is None else started + timeout)
     try:
         with run.lock(), Signals().installed() as signals:
             shown.stage(f"preparing {run.config.task_name} for {profile.name}")
             with _evaluator(checked, run) as evaluator:
-                conduct(evaluator, run, budget=budget, progress=shown, signals=signals, workers=workers)
+                conduct(
+                    evaluator, run, budget=budget, progress=shown, signals=signals, workers=workers, started=started
+                )
     except Interrupted as stop:
         stop.run = run
         raise
@@ -135,10 +137,11 @@ def conduct(
     progress: Progress,
     signals: Signals,
     workers: int = 1,
+    started: float | None = None,
 ) -> None:
     """A whole search with an evaluator that is ready: baselines, exploration by all workers, the front again."""
     with _open_study(evaluator, run, offset=0) as study:
-        session = Session(evaluator, run, study, budget=budget, progress=progress, signals=signals)
+        session = Session(evaluator, run, study, budget=budget, progress=progress, signals=signals, started=started)
         run.log("run_started", trials=budget.trials, workers=workers, known=len(study), versions=library_versions())
         try:
             session.baselines()

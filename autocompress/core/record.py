@@ -80,6 +80,8 @@ def _read(hint: Any, data: Any, where: str) -> Any:
         if not isinstance(data, list | tuple):
             raise InputError(f"`{where}` must be a list, got {data!r}")
         if args[-1] is Ellipsis:
+            if args[0] is float and all(type(v) is float for v in data):  # raw samples: thousands a trial
+                return tuple(data)
             return tuple(_read(args[0], v, f"{where}[{i}]") for i, v in enumerate(data))
         if len(data) != len(args):
             raise InputError(f"`{where}` must have {len(args)} items, got {len(data)}")
