@@ -10,13 +10,11 @@ In each turn the first calls are discarded: they pay for caches that the artifac
 """
 
 import gc
-import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from autocompress.core.measurement import MeasurePlan, half_width
+from autocompress.core.measurement import MeasurePlan, half_width, log_ratio
 
 Call = Callable[[], object]
 Clock = Callable[[], int]
@@ -106,9 +104,6 @@ def _done(blocks: Sequence[Block], plan: MeasurePlan, elapsed_ns: int) -> bool:
     if elapsed_ns >= plan.max_duration_s * 1e9:
         return True
     return len(blocks) >= plan.min_blocks and all(
-        half_width(_log_ratios(blocks, i)) <= plan.target_ci for i in range(1, len(blocks[0]))
+        half_width([log_ratio(block[i], block[0]) for block in blocks]) <= plan.target_ci
+        for i in range(1, len(blocks[0]))
     )
-
-
-def _log_ratios(blocks: Sequence[Block], i: int) -> list[float]:
-    return [math.log(statistics.median(block[i]) / statistics.median(block[0])) for block in blocks]
