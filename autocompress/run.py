@@ -80,10 +80,7 @@ class Run:
             RunError: there is a run already, or something else.
         """
         folder = Path(path).resolve()
-        if (folder / "run.json").exists():
-            raise RunError(f"{path} is a run already: continue it with --resume (resume=True), or name another")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise RunError(f"{path} is not empty: a run needs a directory of its own, name another")
+        refuse_existing(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("artifacts", "data"):
@@ -202,6 +199,15 @@ def open_run(path: Path | str) -> Run:
         return Run(path=folder, config=load(RunConfig, data, SCHEMA))
     except InputError as error:
         raise RunError(f"{path}: {error}") from error
+
+
+def refuse_existing(path: Path | str) -> None:
+    """Raise RunError where a new run cannot be made because something is there."""
+    folder = Path(path).resolve()
+    if (folder / "run.json").exists():
+        raise RunError(f"{path} is a run already: continue it with --resume (resume=True), or name another")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{path} is not empty: a run needs a directory of its own, name another")
 
 
 def library_versions() -> dict[str, str]:

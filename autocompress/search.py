@@ -14,7 +14,7 @@ from autocompress.core.profile import Profile
 from autocompress.core.space import SpaceRules
 from autocompress.loop import Budget, CandidateEvaluator, Session, require_fp32, seeds
 from autocompress.progress import Progress, Silent, open_progress
-from autocompress.run import Fidelity, Run, RunConfig, library_versions, open_run, utc_now
+from autocompress.run import Fidelity, Run, RunConfig, library_versions, open_run, refuse_existing, utc_now
 from autocompress.signals import Interrupted, Signals
 from autocompress.workers import PARENT_VARIABLE, Workers
 
@@ -81,6 +81,7 @@ def search(
     from autocompress.task import check_task, load_task
 
     _check_arguments(trials, timeout, workers, on, fidelity, recover_steps)
+    _check_out(out, resume)
     parse_objectives(objectives)
     profile = target if isinstance(target, Profile) else load_profile(str(target))
     rules = space if isinstance(space, SpaceRules) else load_space(str(space))
@@ -90,8 +91,6 @@ def search(
     _check_runtime(profile)
     checked = check_task(load_task(task) if isinstance(task, str) else task)
     if out is None:
-        if resume:
-            raise InputError("`resume` needs `out`: the run to continue")
         out = Path("runs") / f"{checked.task.name}-{profile.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     config = RunConfig(
         task=reference,
@@ -267,6 +266,16 @@ def _check_arguments(
         )
     if on != "local":
         raise TargetError(f"`on` = {on!r} is not usable: this version measures on 'local' only")
+
+
+def _check_out(out: Path | str | None, resume: bool) -> None:
+    """Say what is wrong with the run before the model is loaded."""
+    if resume:
+        if out is None:
+            raise InputError("`resume` needs `out`: the run to continue")
+        open_run(out)
+    elif out is not None:
+        refuse_existing(out)
 
 
 def _check_runtime(profile: Profile) -> None:

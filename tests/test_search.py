@@ -379,6 +379,15 @@ def test_bad_arguments_are_one_sentence(arguments: dict[str, Any], error: type[E
         search("digits", scripted.PROFILE, **arguments)
 
 
+def test_a_directory_that_does_not_fit_is_said_before_the_task_is_loaded(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is a run already: continue it with --resume"):
+        search("no such task", scripted.PROFILE, out=run.path)
+    with pytest.raises(RunError, match=r"nothing is no run: there is no such directory"):
+        search("no such task", scripted.PROFILE, out=tmp_path / "nothing", resume=True)
+    with pytest.raises(InputError, match="`resume` needs `out`: the run to continue"):
+        search("no such task", scripted.PROFILE, resume=True)
+
+
 def test_a_moved_run_is_open_to_workers(run: Run, tmp_path: Path) -> None:
     """The record names the place where the run was last searched."""
     scripted.drive(run, scripted.Scripted(run), trials=2)
