@@ -163,6 +163,9 @@ def read_package(path: Path | str) -> Package:
     for name in (_model_path(manifest.trial), _model_path(manifest.baseline), INPUTS, OUTPUTS):
         if name not in manifest.files:
             raise PackageError(f"{path}: {MANIFEST} has no SHA-256 of {name!r}, which it needs")
+    for artifact in (manifest.trial.artifact, manifest.baseline.artifact):
+        if artifact is not None and artifact.sha256 != manifest.files[artifact.path].sha256:
+            raise PackageError(f"{path}: {MANIFEST} has figures for another file than {artifact.path!r}")
     return Package(path=folder, manifest=manifest)
 
 

@@ -33,7 +33,9 @@ def size(value: int | None) -> str:
     """Bytes in the unit that keeps three digits."""
     if value is None:
         return "n/a"
-    return f"{value / MB:.3g} MB" if value >= MB else f"{value / 1000:.3g} kB"
+    if value < 1000:
+        return f"{value} B"
+    return f"{_digits(value / MB)} MB" if value >= 999_500 else f"{_digits(value / 1000)} kB"
 
 
 def seconds(value: float) -> str:

@@ -1,0 +1,40 @@
+"""One real search on `digits`, shared by every test that needs a run with real files. Copy it before changing it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from autocompress.config import profile_file
+from autocompress.run import Run, open_run
+
+
+@pytest.fixture(scope="session")
+def quick_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped profile, measuring for a shorter time."""
+    path = tmp_path_factory.mktemp("profile") / "quick.yaml"
+    text = profile_file("cpu-onnxruntime").read_text(encoding="utf-8")
+    for old, new in (
+        ("name: cpu-onnxruntime", "name: quick"),
+        ("min_blocks: 8", "min_blocks: 6"),
+        ("max_duration_s: 1.5", "max_duration_s: 0.3"),
+        ("processes: 3", "processes: 2"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def _digits(tmp_path_factory: pytest.TempPathFactory, quick_profile: Path) -> Path:
+    from autocompress.search import search
+
+    out = tmp_path_factory.mktemp("digits") / "run"
+    return search("digits", quick_profile, trials=6, out=out).path
+
+
+@pytest.fixture
+def digits_run(_digits: Path, tmp_path: Path) -> Run:
+    """A finished search of six trials, in a copy of its own."""
+    return open_run(shutil.copytree(_digits, tmp_path / "run"))
