@@ -92,8 +92,11 @@ def _reason_to_leave(name: str, module: nn.Module, runs: int, shared: Mapping[in
         return None
     if type(module) not in KIND_OF:
         return f"{type(module).__name__} is not a layer that can be compressed here"
-    if module.get_parameter("weight").dtype != torch.float32:
-        return f"its weight is {module.get_parameter('weight').dtype}, not float32"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:  # torch.nn.utils.weight_norm, spectral_norm and prune make it an attribute
+        return "its weight is computed from other parameters"
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}, not float32"
     if runs != 1:
         return "its forward did not run on the sample" if runs == 0 else f"it runs {runs} times in one forward"
     return None

@@ -80,7 +80,7 @@ def _read(hint: Any, data: Any, where: str) -> Any:
         if not isinstance(data, list | tuple):
             raise InputError(f"`{where}` must be a list, got {data!r}")
         if args[-1] is Ellipsis:
-            if args[0] is float and all(type(v) is float for v in data):  # raw samples: thousands a trial
+            if args[0] is float and all(map(_is_number, data)):  # raw samples: thousands a trial
                 return tuple(data)
             return tuple(_read(args[0], v, f"{where}[{i}]") for i, v in enumerate(data))
         if len(data) != len(args):
@@ -91,12 +91,18 @@ def _read(hint: Any, data: Any, where: str) -> Any:
             raise InputError(f"`{where}` must be an object, got {data!r}")
         return {str(k): _read(args[1], v, f"{where}.{k}") for k, v in data.items()}
     if hint is float and isinstance(data, int | float) and not isinstance(data, bool):
+        if not math.isfinite(data):  # Python's own JSON reader knows NaN and Infinity
+            raise InputError(f"`{where}` must be a finite number, got {data}")
         return float(data)
     if hint is type(None) and data is None:
         return None
     if isinstance(hint, type) and isinstance(data, hint) and (hint is bool or not isinstance(data, bool)):
         return data
     raise InputError(f"`{where}` must be {getattr(hint, '__name__', hint)}, got {data!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def _read_dataclass(cls: type, data: Any, where: str) -> Any:

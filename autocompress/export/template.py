@@ -5,9 +5,11 @@ torch name, unfolded, so that any cut or trained copy of the model fits in by na
 are transposed afterwards, on the copy.
 """
 
+import contextlib
+import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +52,7 @@ class Template:
         for value in open_inputs.values():
             graph.inputs.remove(value)
         for name, value in open_inputs.items():
-            tensor = ir.tensor(state[str(name)].detach().cpu().contiguous().numpy(), name=name)
+            tensor = ir.Tensor(state[str(name)].detach().cpu().contiguous().numpy(), name=name)
             value.const_value, value.shape = tensor, ir.Shape(tensor.shape.numpy())
             graph.register_initializer(value)
         named = {node.name: node for node in graph}
@@ -85,13 +87,15 @@ def export_template(
         TaskError: torch cannot export the model.
     """
     try:
-        exported, dynamic = _export(model, inputs, outputs, by_keyword=by_keyword, dynamic=True), True
+        exported = _export(model, inputs, outputs, by_keyword=by_keyword, dynamic=True)
+        dynamic = all(value.shape is None or not isinstance(value.shape[0], int) for value in exported.graph.inputs)
     except Exception:  # whatever torch.export raises on a model that fixes its batch size
+        dynamic = False
+    if not dynamic:  # torch may also fix the size of the sample without a word
         try:
-            exported, dynamic = _export(model, inputs, outputs, by_keyword=by_keyword, dynamic=False), False
-        except Exception as error:  # and on one that it cannot trace at all
-            first = str(error).strip().split("\n")[0]
-            raise TaskError(f"torch cannot export the model to ONNX: {type(error).__name__}: {first}") from error
+            exported = _export(model, inputs, outputs, by_keyword=by_keyword, dynamic=False)
+        except Exception as error:  # whatever it raises on a model that it cannot trace at all
+            raise TaskError(f"torch cannot export the model to ONNX: {_root_cause(error)}") from error
     graph = exported.graph
     known = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
     weights = [name for name in graph.initializers if name in known]
@@ -118,8 +122,7 @@ def _export(
     args: tuple[torch.Tensor, ...] = ()
     if not by_keyword:
         args, shapes, values = tuple(values.values()), tuple(shapes.values()), {}
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
+    with _quiet():
         program = torch.onnx.export(
             model,
             args,
@@ -136,15 +139,25 @@ def _export(
     return program.model
 
 
-class _quiet:
-    """Silence the exporter's loggers: they speak of packages this export has no use for."""
+def _root_cause(error: BaseException) -> str:
+    """What the first of a chain of exceptions said, in one line: the exporter wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"
 
-    def __enter__(self) -> None:
-        self._level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
 
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._level)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter: it speaks of packages this export has no use for, and prints graphs it cannot trace."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _drop_zero_biases(graph: ir.Graph) -> None:
