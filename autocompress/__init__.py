@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autocompress.driver import search
     from autocompress.run import Run, open_run
-    from autocompress.search import search
     from autocompress.task import Task
 
 __version__ = "0.1.0"
@@ -14,7 +14,7 @@ _HOMES = {
     "Run": "autocompress.run",
     "Task": "autocompress.task",
     "open_run": "autocompress.run",
-    "search": "autocompress.search",
+    "search": "autocompress.driver",
 }
 
 __all__ = ["Run", "Task", "open_run", "search"]

@@ -58,10 +58,10 @@ class Stopwatch:
 
 @dataclass(slots=True, kw_only=True)
 class _Float:
-    """A compressed float model, and what calibration saw of it."""
+    """A compressed float model as a graph, and what calibration saw of it."""
 
-    model: "nn.Module"
     template: "Template"
+    graph: "ir.Model"
     stats: "dict[str, ActivationStats] | None" = None
 
 
@@ -90,7 +90,7 @@ class Builder:
         self._templates: OrderedDict[str, Template] = OrderedDict({_topology(Candidate()): template})
         self._floats: OrderedDict[str, _Float] = OrderedDict()
         self._checked_kernels: set[str] = set()
-        self.float_difference = self._difference(template, task.model)
+        self.float_difference = self._difference(template, template.fill(task.model), task.model)
         self._check_original()
 
     def build(self, candidate: Candidate, watch: Stopwatch) -> Artifact:
@@ -110,7 +110,7 @@ class Builder:
             with watch("calibrate"):
                 made.stats = self._calibrate(made)
         with watch("export"):
-            graph = made.template.fill(made.model)
+            graph = made.graph.clone()
             spec = _specs(graph)
             data = to_bytes(lower(graph, layers, made.stats or {}, candidate.recipe.calibrator))
             if integer and candidate.kernel_key not in self._checked_kernels:
@@ -125,10 +125,9 @@ class Builder:
 
         with watch("export"):
             made = self._float(Candidate(), watch)
-            graph = made.template.fill(made.model)
-            spec = _specs(graph)
+            spec = _specs(made.graph)
             data = onnxruntime_uniform_int8(
-                to_bytes(graph), self._calibration_feeds(made.template), reduce_range=reduce_range
+                to_bytes(made.graph), self._calibration_feeds(made.template), reduce_range=reduce_range
             )
             return self._write("uniform-int8", data, *spec)
 
@@ -137,7 +136,8 @@ class Builder:
         if key not in self._floats:
             model = self._compress(candidate, watch)
             with watch("export"):
-                self._floats[key] = _Float(model=model, template=self._template(candidate, model))
+                template, graph = self._fitted(candidate, model)
+                self._floats[key] = _Float(template=template, graph=graph)
             if len(self._floats) > _KEPT:
                 self._floats.popitem(last=False)
         self._floats.move_to_end(key)
@@ -153,51 +153,46 @@ class Builder:
         known = recipe.recover_steps > 0 and saved.exists()
         if known:
             candidate = dataclasses.replace(candidate, recipe=dataclasses.replace(recipe, recover_steps=0))
-        with watch("recover" if recipe.recover_steps and not known else "compress"):
-            model = apply(
-                candidate,
-                self._task.model,
-                self._groups,
-                self._task.call,
-                student=self._task.task.student,
-                settle=self._settle_batches,
-                train=lambda: self._train_batches(candidate.weights_key),
-                classifies=self._task.task.loss is None,
-            )
-            if known:
-                model.load_state_dict(load_file(saved))
-            elif recipe.recover_steps:
-                self._weights.mkdir(exist_ok=True)
-                temporary = saved.with_suffix(f".{os.getpid()}")
-                save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-                temporary.replace(saved)
+        model = apply(
+            candidate,
+            self._task.model,
+            self._groups,
+            self._task.call,
+            student=self._task.task.student,
+            settle=(lambda: ()) if known else self._settle_batches,
+            train=lambda: self._train_batches(candidate.weights_key),
+            classifies=self._task.task.loss is None,
+            stage=watch,
+        )
+        if known:
+            model.load_state_dict(load_file(saved))
+        elif recipe.recover_steps:
+            self._weights.mkdir(exist_ok=True)
+            temporary = saved.with_suffix(f".{os.getpid()}")
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
+            temporary.replace(saved)
         return model
 
-    def _template(self, candidate: Candidate, model: "nn.Module") -> "Template":
-        """The template that fits the model: the original's, or where sizes are baked into that, its own."""
+    def _fitted(self, candidate: Candidate, model: "nn.Module") -> "tuple[Template, ir.Model]":
+        """The model as a graph: of the original's template, or where sizes are baked into that, of its own."""
         from autocompress.export.parity import FLOAT_TOLERANCE
 
-        key = _topology(candidate)
+        key, original = _topology(candidate), _topology(Candidate())
+        if key not in self._templates and candidate.student is None:
+            template = self._templates[original]
+            with contextlib.suppress(StageError):  # a size baked into the graph: ONNX Runtime refuses the cut weights
+                graph = template.fill(model)
+                if self._difference(template, graph, model) <= FLOAT_TOLERANCE:
+                    return template, graph
         if key not in self._templates:
-            original = self._templates[_topology(Candidate())]
-            if candidate.student is None and self._fits(original, model):
-                return original
-            names = [layer.name for layer in self.structure.layers]
-            self._templates[key] = self._export(model, names)
+            self._templates[key] = self._export(model, [layer.name for layer in self.structure.layers])
             if len(self._templates) > _TEMPLATES_KEPT:
-                del self._templates[next(k for k in self._templates if k != _topology(Candidate()))]
+                del self._templates[next(k for k in self._templates if k != original)]
         template = self._templates[key]
-        if (difference := self._difference(template, model)) > FLOAT_TOLERANCE:
+        graph = template.fill(model)
+        if (difference := self._difference(template, graph, model)) > FLOAT_TOLERANCE:
             raise StageError("export", _differs(difference))
-        return template
-
-    def _fits(self, template: "Template", model: "nn.Module") -> bool:
-        from autocompress.export.parity import FLOAT_TOLERANCE
-
-        try:
-            return self._difference(template, model) <= FLOAT_TOLERANCE
-        except StageError:  # a size baked into the graph: ONNX Runtime refuses the cut weights
-            return False
+        return template, graph
 
     def _export(self, model: "nn.Module", layers: list[str]) -> "Template":
         from autocompress.export.template import export_template
@@ -210,8 +205,8 @@ class Builder:
             by_keyword=self._task.inputs.kind == "dict",
         )
 
-    def _difference(self, template: "Template", model: "nn.Module") -> float:
-        """Largest difference of the exported float graph to torch on a sample, relative to the largest output."""
+    def _difference(self, template: "Template", graph: "ir.Model", model: "nn.Module") -> float:
+        """Largest difference of a float graph to torch on a sample, relative to the largest output."""
         import torch
 
         from autocompress.export.graph import to_bytes
@@ -220,7 +215,7 @@ class Builder:
         sample = self._sample if template.dynamic_batch else {n: t[:1] for n, t in self._sample.items()}
         with torch.no_grad():
             wanted = self._task.flatten_outputs(self._task.call(model, sample))
-        got = run_onnx(to_bytes(template.fill(model)), {n: t.numpy() for n, t in sample.items()})
+        got = run_onnx(to_bytes(graph), {n: t.numpy() for n, t in sample.items()})
         return float_difference(got, [t.numpy() for t in wanted.values()])
 
     def _check_original(self) -> None:
@@ -232,8 +227,7 @@ class Builder:
     def _calibrate(self, made: _Float) -> "dict[str, ActivationStats]":
         from autocompress.export.calibrate import collect_stats
 
-        graph = made.template.fill(made.model)
-        return collect_stats(graph, made.template.nodes, self._calibration_feeds(made.template))
+        return collect_stats(made.graph, made.template.nodes, self._calibration_feeds(made.template))
 
     def _calibration_feeds(self, template: "Template") -> Iterator[Mapping[str, NDArray[np.generic]]]:
         step = BATCH if template.dynamic_batch else 1
@@ -245,7 +239,7 @@ class Builder:
         return {n: t.numpy() for n, t in self._task.batch("calibration", range(count))[0].items()}
 
     def _settle_batches(self) -> "Iterator[dict[str, torch.Tensor]]":
-        return self._batches("calibration", SETTLE_ITEMS, 2 * BATCH)
+        return self._batches("calibration", SETTLE_ITEMS, BATCH)
 
     def _batches(self, split: str, items: int, size: int) -> "Iterator[dict[str, torch.Tensor]]":
         count = min(items, len(self._task.split(split)))

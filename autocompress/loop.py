@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WIDTH_RATIOS = (1.0, 0.75, 0.5, 0.25)
 FINAL_POINTS = 16
 # Time in these stages is what a search is for; the rest of its time is overhead.
-WORK = ("recover", "score", "measure", "finalise")
+WORK = ("settle", "recover", "score", "measure", "finalise")
 
 
 class CandidateEvaluator(Protocol):

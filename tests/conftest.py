@@ -28,7 +28,7 @@ def quick_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _digits(tmp_path_factory: pytest.TempPathFactory, quick_profile: Path) -> Path:
-    from autocompress.search import search
+    from autocompress.driver import search
 
     out = tmp_path_factory.mktemp("digits") / "run"
     return search("digits", quick_profile, trials=6, out=out).path

@@ -16,10 +16,10 @@ from autocompress.core.measurement import Measurement, MeasurePlan
 from autocompress.core.profile import Profile
 from autocompress.core.space import Group, Layer, LayerRule, Space, SpaceRules, Structure, WidthRule
 from autocompress.core.trial import Failure, Role, Score, Trial
+from autocompress.driver import conduct, contribute
 from autocompress.loop import Budget
 from autocompress.progress import Progress, Silent
 from autocompress.run import Run, RunConfig, open_run
-from autocompress.search import conduct, contribute
 from autocompress.signals import Interrupted, Signals
 
 PROFILE = Profile(

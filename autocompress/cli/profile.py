@@ -92,8 +92,8 @@ def detected(machine: "Fingerprint") -> str:
         note = f"8-bit dot products in hardware ({', '.join(fast)}): w8a8 runs faster than float here."
     else:
         note = (
-            "No 8-bit dot products in hardware were found: w8a8 gains less here, and on x86 its products may\n"
-            "# saturate and cost accuracy. The search measures both; nothing needs to be changed in this file."
+            "No 8-bit dot products in hardware were found: w8a8 gains less here. Without them 8-bit weights overflow\n"
+            "# on x86, where a search takes 7 bits; it measures what that is worth, nothing needs to be changed here."
         )
     lines = [f"# {key}: {' '.join(value.split())}" for key, value in facts.items()]
     text = profile_file(BASE).read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(args: argparse.Namespace) -> int:
     """Search and print the front of the run."""
     from autocompress.cli.front import show
-    from autocompress.search import search
+    from autocompress.driver import search
 
     arguments.require_local(args.on)
     trials = 100 if args.trials is None and args.timeout is None else args.trials

@@ -19,7 +19,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(args: argparse.Namespace) -> int:
     """Work until the budget is spent."""
-    from autocompress.search import worker
+    from autocompress.driver import worker
 
     worker(args.storage, args.study, index=args.index, of=args.of, trials=args.trials, timeout=args.timeout)
     return 0

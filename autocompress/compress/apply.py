@@ -1,6 +1,7 @@
 """A candidate applied to the user's model: cut, silence weights, settle BatchNorm, recover. The original stays."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def apply(
     settle: Callable[[], Iterable[Batch]],
     train: Callable[[], Iterator[Batch]],
     classifies: bool = True,
+    stage: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> nn.Module:
     """The float model a candidate means, before quantization, in eval mode.
 
@@ -36,28 +38,40 @@ def apply(
         settle: batches on which BatchNorm statistics are estimated anew.
         train: endless training batches, used when the recipe recovers.
         classifies: whether the first output holds class logits (distilled by KL divergence, else by squared error).
+        stage: entered with "compress", "settle" or "recover" around each part, for who wants to know the time.
     """
-    if candidate.student is None:
-        compressed = cut_widths(model, groups, candidate.widths)
-    elif student is None:
-        raise StageError("compress", f"the candidate wants a student of width {candidate.student}, the task has none")
-    else:
-        compressed = student(candidate.student)
-    masks = sparsity_masks(compressed, candidate)
-    hold(compressed, masks)
+    with stage("compress"):
+        compressed = _shrunk(candidate, model, groups, student)
+        masks = sparsity_masks(compressed, candidate)
+        hold(compressed, masks)
     if candidate.widths or candidate.student is not None:
-        settle_batchnorm(compressed, call, settle())
+        with stage("settle"):
+            settle_batchnorm(compressed, call, settle())
     if candidate.recipe.recover_steps:
-        recover(
-            compressed,
-            model,
-            call,
-            train(),
-            steps=candidate.recipe.recover_steps,
-            classifies=classifies,
-            after_step=lambda: hold(compressed, masks),
-        )
+        with stage("recover"):
+            recover(
+                compressed,
+                model,
+                call,
+                train(),
+                steps=candidate.recipe.recover_steps,
+                classifies=classifies,
+                after_step=lambda: hold(compressed, masks),
+            )
     return compressed.eval()
+
+
+def _shrunk(
+    candidate: Candidate,
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    student: Callable[[float], nn.Module] | None,
+) -> nn.Module:
+    if candidate.student is None:
+        return cut_widths(model, groups, candidate.widths)
+    if student is None:
+        raise StageError("compress", f"the candidate wants a student of width {candidate.student}, the task has none")
+    return student(candidate.student)
 
 
 def sparsity_masks(model: nn.Module, candidate: Candidate) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ IR_VERSION = 10
 
 def constant(graph: ir.Graph, name: str, array: NDArray[Any] | np.generic | ir.TensorProtocol) -> ir.Value:
     """A new initialiser; `name` is made unique."""
-    tensor = ir.tensor(array) if isinstance(array, np.ndarray | np.generic) else array
+    tensor = ir.Tensor(np.asarray(array)) if isinstance(array, np.ndarray | np.generic) else array
     unique, n = name, 1
     while unique in graph.initializers:
         unique, n = f"{name}_{n}", n + 1
