@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from autocompress.core.measurement import MeasurePlan, half_width, log_ratio, lower_quartile
+from autocompress.core.measurement import MeasurePlan, half_width
 from autocompress.device.timing import SAMPLE_NS, clock_name, interleave, order
 from tests.fakes import FakeClock
 
@@ -131,15 +131,3 @@ def test_garbage_is_not_collected_while_timing_and_is_again_afterwards() -> None
 def test_processor_time_is_the_clock_for_one_thread_only() -> None:
     assert clock_name(plan()) == "process_cpu"
     assert clock_name(MeasurePlan(threads=2)) == "wall"
-
-
-def test_a_disturbance_that_hits_fewer_than_three_in_four_samples_does_not_move_a_block() -> None:
-    quiet, disturbed = [1.0] * 8, [1.0, 9.0] * 4
-    assert log_ratio(disturbed, quiet) == log_ratio(quiet, disturbed) == 0.0
-
-
-def test_lower_quartile_is_at_rank_of_a_quarter() -> None:
-    assert lower_quartile([4.0, 1.0, 3.0]) == 1.0  # rank 1
-    assert lower_quartile([5.0, 1.0, 2.0, 3.0, 4.0]) == 1.5  # rank 1.5
-    assert lower_quartile([7.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == 2.0  # rank 2
-    assert lower_quartile([2.0]) == lower_quartile([3.0, 2.0]) == 2.0
