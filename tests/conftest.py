@@ -1,5 +1,6 @@
 """One real search on `digits`, shared by every test that needs a run with real files. Copy it before changing it."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from autocompress.config import profile_file
 from autocompress.run import Run, open_run
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def apply(
     settle: Callable[[], Iterable[Batch]],
     train: Callable[[], Iterator[Batch]],
     classifies: bool = True,
-    stage: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> nn.Module:
     """The float model a candidate means, before quantization, in eval mode.
 
