@@ -220,3 +220,16 @@ class Odd(nn.Module):
         x, _ = self.lstm(x)
         x = self.normed(x) * self.scale
         return self.decoder(x + self.down(F.relu(self.up(x)))).mean(1)
+
+
+CASES: Mapping[
+    str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], Callable[[nn.Module, Inputs], Any]]
+]
+CASES = {
+    "residual": (Residual, image, positional),
+    "separable": (Separable, image, positional),
+    "flat": (Flat, image, positional),
+    "branches": (Branches, waves, positional),
+    "perceptron": (perceptron, rows, positional),
+    "encoder": (Encoder, sentences, by_name),
+}

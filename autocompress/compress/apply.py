@@ -1,5 +1,6 @@
 """A candidate applied to the user's model: cut, silence weights, settle BatchNorm, recover. The original stays."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -71,7 +72,7 @@ def _shrunk(
         return cut_widths(model, groups, candidate.widths)
     if student is None:
         raise StageError("compress", f"the candidate wants a student of width {candidate.student}, the task has none")
-    return student(candidate.student)
+    return copy.deepcopy(student(candidate.student))  # the task may keep what it gives
 
 
 def sparsity_masks(model: nn.Module, candidate: Candidate) -> dict[str, torch.Tensor]:
