@@ -26,12 +26,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is loaded
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from autocompress import Task, search
+from autocompress.loop import WORK
 
 CLASSES = 10
 LIMIT_S, LIMIT_OVERHEAD = 1.5, 0.15
@@ -137,7 +140,7 @@ def show(found: dict[str, Any]) -> None:
     for stage, seconds in sorted({**found["search_stages_s"], "the rest": rest}.items(), key=lambda row: -row[1]):
         print(f"{stage:>18} {seconds:>14.2f} {seconds / found['search_s']:>7.0%}")
     print(f"{'whole search':>18} {found['search_s']:>14.2f}")
-    print(f"outside recover, score, measure and finalise: {found['overhead']:.1%}")
+    print(f"outside {', '.join(WORK)}: {found['overhead']:.1%}")
 
 
 def arguments() -> argparse.Namespace:
