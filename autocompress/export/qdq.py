@@ -159,18 +159,19 @@ def _insert_pairs(graph: ir.Graph, units: list[Unit], scales: Mapping[ir.Value, 
         if value in swallowed and (unit := swallowed[value]).activation is not None and _is_idle(unit.activation, s):
             source = unit.node.outputs[0]
         first = min((node for node, _ in uses), key=lambda n: order[n], default=None)
-        _insert_pair(graph, value, source, uses, first, s)
+        rounded = _insert_pair(graph, str(value.name), source, uses, first, s)
+        if value in made and value.is_graph_output():
+            _rename_output(graph, value, rounded)
 
 
 def _insert_pair(
     graph: ir.Graph,
-    value: ir.Value,
+    name: str,
     source: ir.Value,
     uses: list[tuple[ir.Node, int]],
     first: ir.Node | None,
     s: ActivationScale,
-) -> None:
-    name = str(value.name)
+) -> ir.Value:
     scale = constant(graph, f"{name}.scale", np.float32(s.scale))
     zero = constant(graph, f"{name}.zero_point", np.uint8(s.zero_point))
     quantize = ir.node("QuantizeLinear", [source, scale, zero], outputs=[ir.Value(name=f"{name}.q")], name=f"{name}.q")
@@ -185,8 +186,7 @@ def _insert_pair(
     rounded = dequantize.outputs[0]
     for node, index in uses:
         node.replace_input_with(index, rounded)
-    if value.is_graph_output() and source.producer() is not None and len(uses) == len(value.uses()):
-        _rename_output(graph, value, rounded)
+    return rounded
 
 
 def _rename_output(graph: ir.Graph, value: ir.Value, rounded: ir.Value) -> None:
