@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Measure, print, write; 1 where a criterion is not met."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the busy processes are ended then too
     given = arguments()
     profile = Profile(
         name="aa", description="", runtime="onnxruntime", format="onnx", precisions={}, width_multiple=8,
