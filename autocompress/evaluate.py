@@ -12,7 +12,7 @@ from autocompress.build import Builder, Stopwatch
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
-from autocompress.core.measurement import Fingerprint, Interval, Measurement, merge
+from autocompress.core.measurement import Fingerprint, Interval, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.space import Space, SpaceRules, Structure
 from autocompress.core.trial import Failure, Role, Score, Trial
@@ -131,25 +131,38 @@ class Evaluator:
         """These trials measured again, round-robin in fresh processes, with test accuracy and peak memory.
 
         A model that fails now is dropped, and the log says so; fp32 must be among them.
+
+        Raises:
+            StageError: fp32 fails.
         """
+        from autocompress.remeasure import measure_usable
+
         reference = self._artifact_of(next(t for t in trials if t.role == "fp32"))
         artifacts = {t.number: self._artifact_of(t) for t in trials if t.score is not None}
-        rounds = [
-            self._host.measure([reference, *artifacts.values()], self._inputs("validation"), fresh=True)
-            for _ in range(self._profile.measure.processes)
-        ]
-        again = {number: merge(list(parts)) for number, parts in zip(artifacts, zip(*rounds, strict=True), strict=True)}
+        again, failed = measure_usable(
+            self._host, reference, artifacts, self._inputs("validation"), self._profile.measure.processes
+        )
         reference_ms = statistics.median(m.reference_ms for m in again.values())
-        return [
-            self._finished(trial, artifacts[trial.number], again[trial.number], reference_ms)
-            for trial in trials
-            if trial.number in again and trial.score is not None
-        ]
+        finished = []
+        for trial in (t for t in trials if t.number in again):
+            try:
+                finished.append(self._finished(trial, artifacts[trial.number], again[trial.number], reference_ms))
+            except StageError as error:
+                if trial.role == "fp32":
+                    raise
+                failed[trial.number] = f"{error.stage}: {error}"
+        for number, why in failed.items():
+            self._run.log("dropped", number=number, message=why)
+        return finished
 
     def _finished(self, trial: Trial, artifact: Artifact, measurement: Measurement, reference_ms: float) -> Trial:
         score = trial.score
         assert score is not None
-        figures = self._meters(artifact, Stopwatch(), memory=True, energy=True)
+        try:
+            figures = self._meters(artifact, Stopwatch(), memory=True, energy=True)
+        except StageError as error:  # it has just been measured: what cannot be read here is memory
+            figures = self._meters(artifact, Stopwatch(), memory=False, energy=True)
+            figures["reasons"]["peak_memory_bytes"] = str(error)
         tested = self._test_accuracy(artifact)
         again = {name: why for name, why in score.reasons.items() if name in ("accuracy_ci", "executed")}
         low, high = measurement.ratio_ci
