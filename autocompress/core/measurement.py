@@ -34,8 +34,8 @@ class MeasurePlan:
     Attributes:
         warmup_runs, warmup_s: both are met before the first sample.
         turn_s: how long one artifact runs in one turn of a block.
-        min_blocks, max_duration_s: at least so many blocks, at most so many seconds for each artifact that is
-            measured beside the reference (never fewer than 3 blocks).
+        min_blocks, max_duration_s: at least so many blocks, at most so many seconds (never fewer than 3 blocks);
+            a round-robin of more than four artifacts gets so many seconds for every four.
         target_ci: relative half-width of the ratio's 95 % interval at which measuring may stop.
         threads: threads the runtime may use; with one, time is taken on the process-CPU clock, which a busy
             machine disturbs far less than the wall clock.

@@ -37,8 +37,8 @@ def interleave(calls: Sequence[Call], plan: MeasurePlan, clock: Clock) -> list[B
     """Time all `calls`, the first being the reference, until the plan is met.
 
     Ends after the block in which `min_blocks` are there and the 95 % interval of each call's ratio to the reference
-    is within `target_ci`, or in which `max_duration_s` for each call but the
-    reference is reached (warm-up not counted, never fewer than 3 blocks).
+    is within `target_ci`, or in which `max_duration_s` is reached, which is
+    once for every four calls beside the reference (warm-up not counted, never fewer than 3 blocks).
 
     Args:
         clock: nanoseconds; all durations of the plan are told by it.
@@ -102,7 +102,7 @@ def _turn(call: Call, repeats: int, plan: MeasurePlan, clock: Clock) -> list[flo
 def _done(blocks: Sequence[Block], plan: MeasurePlan, elapsed_ns: int) -> bool:
     if len(blocks) < FEWEST_BLOCKS:
         return False
-    if elapsed_ns >= plan.max_duration_s * 1e9 * (len(blocks[0]) - 1):
+    if elapsed_ns >= plan.max_duration_s * 1e9 * max(1.0, (len(blocks[0]) - 1) / 4):
         return True
     return len(blocks) >= plan.min_blocks and all(
         half_width([log_ratio(block[i], block[0]) for block in blocks]) <= plan.target_ci
