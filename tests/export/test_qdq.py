@@ -12,8 +12,7 @@ from autocompress.core.errors import StageError
 from autocompress.export.graph import to_bytes
 from autocompress.export.parity import check_optimised, sqnr_db
 from autocompress.export.qdq import integer_units, integer_weight_bits, lower
-from tests import nets
-from tests.export.conftest import Exported, executed, kinds, run
+from tests.export.conftest import CASES, Exported, executed, kinds, run
 from tests.export.graphs import conv, graph_of, linear, normal, seen
 
 Get = Callable[[str], Exported]
@@ -25,7 +24,7 @@ def worst_sqnr(case: Exported, data: bytes) -> float:
     return min(sqnr_db(w, g) for w, g in zip(wanted, run(data, case.feeds()), strict=True))
 
 
-@pytest.mark.parametrize("name", nets.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_integers_of_all_layers_are_near_float(exported: Get, name: str) -> None:
     case = exported(name)
     data = case.lowered(case.uniform("w7a8"))
@@ -34,7 +33,7 @@ def test_integers_of_all_layers_are_near_float(exported: Get, name: str) -> None
     assert check_optimised(data, case.feeds(4)) > 30
 
 
-@pytest.mark.parametrize("name", nets.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_no_choice_leaves_the_float_graph(exported: Get, name: str) -> None:
     case = exported(name)
     assert case.lowered({}) == case.lowered(case.uniform("fp32")) == to_bytes(case.filled())
@@ -88,10 +87,10 @@ def test_attention_softmax_and_normalisation_stay_float(exported: Get, tmp_path:
 
 
 def test_the_last_linear_gives_floats_that_no_rounding_has_touched(exported: Get) -> None:
-    case = exported("perceptron")
+    case = exported("flat")
     model = onnx.load_from_string(case.lowered(case.uniform("w7a8")))
     (last,) = (node for node in model.graph.node if "output" in node.output)
-    assert (last.op_type, last.name) == ("Gemm", "6")
+    assert (last.op_type, last.name) == ("Gemm", "fc")
     assert len(np.unique(run(model.SerializeToString(), case.feeds())[0])) > 250
 
 
