@@ -50,19 +50,22 @@ class LocalHost:
         with measuring_lock():
             result = self._in_fresh(job) if fresh else self._ask(job)
         blocks, found = result["blocks"], from_json(Fingerprint, result["fingerprint"])
-        return [
-            Measurement(
-                artifact_sha256=artifact.sha256,
-                reference_sha256=artifacts[0].sha256,
-                samples=tuple(tuple(block[i]) for block in blocks),
-                reference=tuple(tuple(block[0]) for block in blocks),
-                processes=(0,) * len(blocks),
-                clock=result["clock"],
-                plan=self._profile.measure,
-                fingerprint=found,
-            )
-            for i, artifact in enumerate(artifacts[1:], start=1)
-        ]
+        try:
+            return [
+                Measurement(
+                    artifact_sha256=artifact.sha256,
+                    reference_sha256=artifacts[0].sha256,
+                    samples=tuple(tuple(block[i]) for block in blocks),
+                    reference=tuple(tuple(block[0]) for block in blocks),
+                    processes=(0,) * len(blocks),
+                    clock=result["clock"],
+                    plan=self._profile.measure,
+                    fingerprint=found,
+                )
+                for i, artifact in enumerate(artifacts[1:], start=1)
+            ]
+        except InputError as error:  # a clock that stood still leaves a block without samples
+            raise StageError("measure", f"the timing is unusable: {error}") from error
 
     def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None:
         """Run all items on all cores; write `out/<output name>.npy`, items along the first axis, all finite."""

@@ -95,7 +95,8 @@ def _turn(call: Call, repeats: int, plan: MeasurePlan, clock: Clock) -> list[flo
         for _ in range(repeats):
             call()
         stop = clock()
-        samples.append((stop - start) / repeats / 1e6)
+        if stop > start:  # the process-CPU clock of a virtual machine may stand still or step back once in a while
+            samples.append((stop - start) / repeats / 1e6)
     return samples
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,7 +33,7 @@ from autocompress.device.runtime import Array, Options, Runtime, Session, get_ru
 from autocompress.device.timing import CLOCKS, clock_name, interleave
 
 KEPT_SESSIONS = 4
-BATCH_ITEMS = 64
+BATCH_ITEMS = 16
 BATCH_BYTES = 16 * 2**20
 MEMORY_RUNS = 5
 ENERGY_S = 1.0
@@ -91,19 +92,36 @@ class Worker:
         self, runtime: Runtime, artifact: Artifact, inputs: "Inputs", out: Path, options: Options
     ) -> dict[str, list[int]]:
         batch = inputs.batch if artifact.dynamic_batch else 1
-        session = self._load(runtime, artifact, {**options, "threads": usable_cores()})
+        starts = range(0, inputs.count, batch)
         written: dict[str, Array] = {}
-        with self._stage("score"), contextlib.closing(session):
+
+        def run(session: Session, start: int) -> dict[str, Array]:
+            stop = min(start + batch, inputs.count)
+            outputs = session.run(inputs.items(start, stop))
+            _check_finite(outputs, "score", f"item {start}" if batch == 1 else f"items {start} to {stop - 1}")
+            return outputs
+
+        def store(start: int, outputs: Mapping[str, Array]) -> None:
+            for name, value in outputs.items():
+                rows = min(batch, inputs.count - start)
+                if name not in written:
+                    written[name] = _new_array(out / f"{name}.npy", value, inputs.count, rows)
+                written[name][start : start + rows] = value
+            self.report("score")
+
+        # A session of one thread for each core: two threads within a session wait for each other longer.
+        with contextlib.ExitStack() as stack:
+            sessions = [
+                stack.enter_context(contextlib.closing(self._load(runtime, artifact, {**options, "threads": 1})))
+                for _ in range(min(usable_cores(), len(starts)))
+            ]
+            stack.enter_context(self._stage("score"))
             out.mkdir(parents=True, exist_ok=True)
-            for start in range(0, inputs.count, batch):
-                stop = min(start + batch, inputs.count)
-                outputs = session.run(inputs.items(start, stop))
-                _check_finite(outputs, "score", f"item {start}" if batch == 1 else f"items {start} to {stop - 1}")
-                for name, value in outputs.items():
-                    if name not in written:
-                        written[name] = _new_array(out / f"{name}.npy", value, inputs.count, stop - start)
-                    written[name][start:stop] = value
-                self.report("score")
+            pool = stack.enter_context(ThreadPoolExecutor(len(sessions)))
+            for turn in range(0, len(starts), len(sessions)):
+                part = starts[turn : turn + len(sessions)]
+                for start, outputs in zip(part, pool.map(run, sessions, part), strict=True):
+                    store(start, outputs)
             for array in written.values():
                 array.flush()  # type: ignore[attr-defined]
         return {name: list(array.shape) for name, array in written.items()}

@@ -109,7 +109,7 @@ def test_a_bad_artifact_fails_in_its_stage_and_the_next_job_is_fine(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"misbehave": {"run": "nan"}, "after": 1}, "output 'output' is not finite for items 64 to 127"),
+        ({"misbehave": {"run": "nan"}, "after": 1}, "output 'output' is not finite for items"),
         ({"misbehave": {"run": "crash"}}, "died of SIGSEGV in stage 'score'"),
     ],
 )
