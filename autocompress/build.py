@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from autocompress.export.template import Template
     from autocompress.task import CheckedTask
 
-SETTLE_ITEMS = 256  # BatchNorm statistics are estimated anew on so many items
+SETTLE_ITEMS = 128  # BatchNorm statistics are estimated anew on so many items
 CALIBRATION_ITEMS = 128
 BATCH = 32
 _KEPT = 4  # float models kept in memory: candidates that differ in bits only share one

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 WIDTH_RATIOS = (1.0, 0.75, 0.5, 0.25)
 FINAL_POINTS = 16
-# Time in these stages is what a search is for; the rest of its time is overhead.
-WORK = ("settle", "recover", "score", "measure", "finalise")
+# Time in these stages goes through the model: on data (training, calibrating, scoring) or timed. The rest is overhead.
+WORK = ("settle", "recover", "calibrate", "score", "interval", "measure", "finalise")
 
 
 class CandidateEvaluator(Protocol):

@@ -88,7 +88,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
         ("width_multiple: 8", "width_multiple: 0", "`width_multiple` must be at least 1, got 0"),
         ("  threads: 1", "  thread: 1", "`measure`: Unknown key 'thread'. Did you mean 'threads'?"),
         ("  threads: 1", "  threads: 0", "`measure`: `threads` must be at least 1, got 0"),
-        ("  target_ci: 0.02", "  target_ci: .nan", "`measure`: `target_ci` must be positive, got nan"),
+        ("  target_ci: 0.025", "  target_ci: .nan", "`measure`: `target_ci` must be positive, got nan"),
         (
             "conv2d: [w8a8, w4a8",
             "conv2: [w8a8, w4a8",

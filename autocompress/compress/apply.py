@@ -78,8 +78,9 @@ def _shrunk(
 def sparsity_masks(model: nn.Module, candidate: Candidate) -> dict[str, torch.Tensor]:
     """For each layer to be sparse, which weights stay: all but the smallest share by magnitude."""
     masks = {}
+    known = dict(model.named_modules())
     for name, choice in candidate.layers.items():
-        if choice.sparsity is None:
+        if choice.sparsity is None or name not in known:  # a student may lack a layer of the original
             continue
         weight = model.get_submodule(name).get_parameter("weight").detach()
         keep = torch.ones(weight.numel(), dtype=torch.bool)

@@ -6,6 +6,7 @@ because channels that meet in an addition or a concatenation can only be cut tog
 """
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -280,7 +281,7 @@ def _width_choices(group: Group, rules: Sequence[WidthRule], multiple: int) -> t
     matching = [r for r in rules if fnmatch.fnmatchcase(group.name, r.name)]
     if not matching:
         return (group.width,)
-    step = max(group.step, multiple) if multiple % group.step == 0 or group.step % multiple == 0 else group.step
+    step = math.lcm(group.step, multiple)
     found = {group.width}
     for ratio in matching[-1].ratios:
         width = step * max(1, round(ratio * group.width / step))

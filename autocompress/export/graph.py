@@ -67,10 +67,9 @@ def tidy(model: ir.Model) -> ir.Model:
     RemoveUnusedNodesPass()(model)
     TopologicalSortPass()(model)
     ClearMetadataAndDocStringPass()(model)
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
+    computed = (value for node in model.graph for value in node.outputs if not value.is_graph_output())
+    for value in (*model.graph.initializers.values(), *computed):
+        value.shape = value.type = None  # known from the constant, or inferred; in the file it is dead weight
     return model
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from autocompress.core.errors import InputError
@@ -14,6 +15,7 @@ from autocompress.core.measurement import (
     lower_quartile,
     merge,
     separated,
+    trimmed_mean,
 )
 
 
@@ -47,7 +49,22 @@ def test_half_width_is_students() -> None:
     assert half_width([1.0]) == math.inf
 
 
-def test_ratio_is_the_median_block_and_its_interval_has_the_drift_on_top() -> None:
+def test_a_few_wild_blocks_hardly_move_centre_or_interval() -> None:
+    calm = [0.01 * (i % 5) for i in range(20)]
+    wild = [*calm[:-2], 5.0, -5.0]
+    assert trimmed_mean(wild) == pytest.approx(trimmed_mean(calm), abs=0.005)
+    assert half_width(wild) < 1.5 * half_width(calm)
+
+
+@pytest.mark.parametrize("blocks", [8, 12, 30])
+def test_the_interval_holds_the_truth_nineteen_times_in_twenty(blocks: int) -> None:
+    rng = np.random.default_rng(blocks)
+    draws = rng.normal(0.0, 1.0, (2000, blocks))
+    held = np.mean([abs(trimmed_mean(row)) <= half_width(row) for row in draws.tolist()])
+    assert 0.93 <= held <= 0.97
+
+
+def test_ratio_is_that_of_most_blocks_and_its_interval_has_the_drift_on_top() -> None:
     found = measurement([0.5, 0.5, 0.5, 0.9])
     assert found.ratio == pytest.approx(0.5)
     half = half_width(found.log_ratios) + DRIFT_FLOOR
