@@ -23,9 +23,9 @@ def score(checked: CheckedTask, model: torch.nn.Module, split: str) -> float:
 @pytest.mark.parametrize("name", ACCURACY)
 def test_the_task_is_trained_and_broken_weights_show(name: str) -> None:
     load_task(str(FOLDER / f"{name}.py"))  # the first load imports scikit-learn
-    start = time.perf_counter()
+    start = time.process_time()
     checked = check_task(load_task(str(FOLDER / f"{name}.py")))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert min(len(checked.split(part)) for part in ("validation", "test")) >= 300
     assert score(checked, checked.model, "validation") == pytest.approx(ACCURACY[name], abs=0.003)
     assert score(checked, checked.model, "test") > ACCURACY[name] - 0.02

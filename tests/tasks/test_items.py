@@ -61,9 +61,9 @@ def test_the_quick_path_equals_the_loop_through_nested_subsets() -> None:
 
 def test_many_items_of_a_tensor_dataset_are_written_in_no_time(tmp_path: Path) -> None:
     data = TensorDataset(torch.rand(55_000, 1, 8, 8), torch.arange(55_000))
-    start = time.perf_counter()
+    start = time.process_time()
     targets = split_of(Subset(data, range(55_000))).write(tmp_path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert np.array_equal(np.load(tmp_path / "x.npy", mmap_mode="r"), data.tensors[0].numpy())
     assert targets["target"].tolist() == list(range(55_000))
 
