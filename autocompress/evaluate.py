@@ -6,16 +6,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from autocompress.build import Builder, Stopwatch
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
-from autocompress.core.measurement import Fingerprint, Interval, Measurement
+from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.space import Space, SpaceRules, Structure
 from autocompress.core.trial import Failure, Role, Score, Trial
+from autocompress.device.hosts import Host
 
 if TYPE_CHECKING:
     from autocompress.run import Run
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
     from autocompress.task import CheckedTask
 
 NOT_IN_SEARCH = "measured for the finished front only"
-
-
-class Host(Protocol):
-    """A device: see `autocompress.device.hosts.LocalHost`."""
-
-    def measure(self, artifacts: Sequence[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]: ...
-    def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None: ...
-    def executed(self, artifact: Artifact, inputs: Path) -> dict[str, str] | None: ...
-    def peak_memory(self, artifact: Artifact, inputs: Path) -> int: ...
-    def fingerprint(self) -> Fingerprint: ...
-    def energy(self, artifact: Artifact, inputs: Path) -> float | str: ...
 
 
 class Evaluator:

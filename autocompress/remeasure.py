@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from autocompress.core.artifact import Artifact
 from autocompress.core.errors import StageError, TaskError
 from autocompress.core.measurement import Fingerprint, Interval, Measurement, merge
-from autocompress.evaluate import Host
+from autocompress.device.hosts import Host
 
 if TYPE_CHECKING:
     from autocompress.scoring import PairedBootstrap

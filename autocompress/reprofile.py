@@ -15,7 +15,7 @@ from autocompress.core.front import Front, Limits
 from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.trial import Role, Score, Trial
-from autocompress.evaluate import Host
+from autocompress.device.hosts import Host
 from autocompress.recorded import Recorded, open_recorded
 from autocompress.remeasure import Progress, Scorer, measure_usable, open_task, same_numbers, silent
 

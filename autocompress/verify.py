@@ -9,7 +9,7 @@ import numpy as np
 
 from autocompress.core.errors import StageError, TaskError, VerifyError
 from autocompress.core.measurement import Interval, merge
-from autocompress.evaluate import Host
+from autocompress.device.hosts import Host
 from autocompress.package import Arrays, Package, read_package
 from autocompress.remeasure import Progress, Scorer, changed, open_task, overlap, rounds, silent
 

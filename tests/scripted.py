@@ -22,6 +22,8 @@ from autocompress.progress import Progress, Silent
 from autocompress.run import Run, RunConfig, open_run
 from autocompress.signals import Interrupted, Signals
 
+# Spelt out: the golden run holds these values, whatever the defaults become.
+PLAN = MeasurePlan(max_duration_s=1.5, target_ci=0.02)
 PROFILE = Profile(
     name="scripted",
     description="a formula",
@@ -29,6 +31,7 @@ PROFILE = Profile(
     format="onnx",
     precisions={"conv2d": ("w8a8", "w4a8")},
     width_multiple=4,
+    measure=PLAN,
 )
 RULES = SpaceRules(
     name="scripted",
@@ -108,7 +111,7 @@ def measurement(ratio: float, samples: int = 3) -> Measurement:
         reference=tuple((1.0,) * samples for _ in range(8)),
         processes=(0,) * 8,
         clock="process_cpu",
-        plan=MeasurePlan(),
+        plan=PLAN,
     )
 
 

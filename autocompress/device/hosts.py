@@ -13,13 +13,38 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 from autocompress.core.artifact import Artifact
 from autocompress.core.errors import InputError, StageError, TargetError
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.record import from_json, to_json
+
+
+class Host(Protocol):
+    """A device. `artifacts` have absolute paths; `inputs` is a folder with one `<input name>.npy` per input.
+
+    A file that fails raises StageError with its stage, and the host is ready for the next one.
+    """
+
+    def measure(self, artifacts: Sequence[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]:
+        """Latency of `artifacts[1:]` against `artifacts[0]`, all interleaved in one process."""
+
+    def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None:
+        """Run all items; write `out/<output name>.npy`."""
+
+    def executed(self, artifact: Artifact, inputs: Path) -> dict[str, str] | None:
+        """Precision that really ran, by node name; None where the runtime does not tell."""
+
+    def peak_memory(self, artifact: Artifact, inputs: Path) -> int:
+        """Bytes that loading and running the file adds to a fresh process."""
+
+    def energy(self, artifact: Artifact, inputs: Path) -> float | str:
+        """Millijoules per inference, or why it is not known here."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What the device and the runtime say of themselves."""
 
 
 class LocalHost:
