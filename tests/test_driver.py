@@ -223,6 +223,7 @@ def test_a_second_signal_ends_the_process_at_once(run: Run) -> None:
 
 
 def test_a_signal_waits_for_what_must_not_be_cut() -> None:
+    before = signal.getsignal(signal.SIGINT)
     done = []
 
     def work() -> None:
@@ -235,7 +236,7 @@ def test_a_signal_waits_for_what_must_not_be_cut() -> None:
     with pytest.raises(Interrupted, match="stopped by SIGINT"):
         work()
     assert done == ["whole"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_signals_outside_the_main_thread_do_nothing(run: Run) -> None:
