@@ -11,6 +11,7 @@ from autocompress.core.errors import InputError
 from autocompress.core.record import to_json
 
 Calibrator = Literal["minmax", "percentile", "mse"]
+FloatPrecision = Literal["fp32", "bf16", "fp16"]
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 ACTIVATION_BITS = (8, 32)
 
@@ -87,12 +88,14 @@ class Candidate:
         student: width of the user's own student, None for the original topology.
         widths: channels kept, by coupled group (named after its first layer).
         layers: choices by layer name; a layer not listed stays float and dense.
+        float_precision: arithmetic of everything that is not integer.
         recipe: calibration and recovery.
     """
 
     student: float | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
     layers: Mapping[str, LayerChoice] = field(default_factory=dict)
+    float_precision: FloatPrecision = "fp32"
     recipe: Recipe = Recipe()
 
     def __post_init__(self) -> None:
@@ -130,5 +133,5 @@ class Candidate:
         a latency on one device.
         """
         kernels = {name: choice.kernel for name, choice in self.layers.items() if choice.kernel != "float"}
-        text = json.dumps([self.student, dict(self.widths), kernels])
+        text = json.dumps([self.student, dict(self.widths), kernels, self.float_precision])
         return hashlib.sha256(text.encode()).hexdigest()

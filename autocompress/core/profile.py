@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from autocompress.core.artifact import Format
-from autocompress.core.candidate import parse_precision
+from autocompress.core.candidate import FloatPrecision, parse_precision
 from autocompress.core.errors import InputError
 from autocompress.core.measurement import MeasurePlan
 
@@ -20,6 +20,10 @@ class Profile:
         options: options of the runtime, passed to it as they stand.
         precisions: for each layer kind, the precisions worth searching on this device.
         width_multiple: channel widths are searched in multiples of this (kernels run in such steps).
+        float_precisions: arithmetic for what is not integer, the device's default first.
+        dialect: form of the quantized operators: "uint8" is uint8 asymmetric activations, "int8" int8 symmetric
+            ones with rectifiers kept and float biases.
+        host: where the device is, as `--on` takes it.
         integer_weight_bits: most bits of the weights in layers that run on integers. 7 on x86 without VNNI, where
             the kernels add pairs of uint8 × int8 products in 16 bits and larger weights overflow.
         measure: the measuring plan.
@@ -32,6 +36,9 @@ class Profile:
     precisions: Mapping[str, tuple[str, ...]]
     width_multiple: int
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    float_precisions: tuple[FloatPrecision, ...] = ("fp32",)
+    dialect: Literal["uint8", "int8"] = "uint8"
+    host: str = "local"
     integer_weight_bits: int = 8
     measure: MeasurePlan = field(default_factory=MeasurePlan)
 
@@ -42,6 +49,8 @@ class Profile:
             raise InputError(f"`width_multiple` must be at least 1, got {self.width_multiple}")
         if not 2 <= self.integer_weight_bits <= 8:
             raise InputError(f"`integer_weight_bits` must be in 2..8, got {self.integer_weight_bits}")
+        if not self.float_precisions:
+            raise InputError("`float_precisions` must name at least one of fp32, bf16, fp16")
         for names in self.precisions.values():
             for name in names:
                 parse_precision(name)

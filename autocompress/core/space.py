@@ -11,7 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from autocompress.core.candidate import Calibrator, Candidate, LayerChoice, Recipe, Sparsity, parse_precision
+from autocompress.core.candidate import (
+    Calibrator,
+    Candidate,
+    FloatPrecision,
+    LayerChoice,
+    Recipe,
+    Sparsity,
+    parse_precision,
+)
 from autocompress.core.errors import ConfigError, unknown
 from autocompress.core.profile import Profile
 
@@ -106,6 +114,7 @@ class SpaceRules:
         layers, widths: rules; of those that match the last one wins.
         students: widths of the user's `student(width)`; only used where the task has one.
         calibrators: ways to find activation ranges.
+        float_precisions: arithmetic for what is not integer; of these, what the profile has.
     """
 
     name: str
@@ -115,6 +124,7 @@ class SpaceRules:
     widths: tuple[WidthRule, ...] = ()
     students: tuple[float, ...] = ()
     calibrators: tuple[Calibrator, ...] = ("minmax",)
+    float_precisions: tuple[FloatPrecision, ...] = ("fp32", "bf16", "fp16")
 
     __pydantic_config__ = _FORBID
 
@@ -160,6 +170,7 @@ class SpaceRules:
             widths=widths,
             students=self.students if has_student else (),
             calibrators=self.calibrators,
+            float_precisions=tuple(p for p in profile.float_precisions if p in self.float_precisions) or ("fp32",),
             dropped=dropped,
             executable={p: profile.executable(p) for rule in self.layers for p in rule.precisions or ()},
         )
@@ -192,6 +203,7 @@ class Space:
     students: tuple[float, ...]
     calibrators: tuple[Calibrator, ...]
     dropped: Mapping[str, str]
+    float_precisions: tuple[FloatPrecision, ...] = ("fp32",)
     executable: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -207,6 +219,7 @@ class Space:
             found[f"sparsity:{block}"] = _union(self.sparsities[n] for n in names)
             if self.precision_by == "block" and len(names) > 1:
                 found |= {f"layer:{n}": (INHERIT, *self.precisions[n]) for n in names if len(self.precisions[n]) > 1}
+        found["float"] = self.float_precisions
         found["calibrator"] = self.calibrators
         return {name: choices for name, choices in found.items() if len(choices) > 1}
 
@@ -235,6 +248,7 @@ class Space:
             student=student,
             widths={} if student else {g: w for g, w in widths.items() if w != full[g]},
             layers=layers,
+            float_precision=self._float_precision(values),
             recipe=Recipe(calibrator=_calibrator(calibrator), recover_steps=recover_steps),
         )
 
@@ -254,6 +268,10 @@ class Space:
             else:
                 values[name] = choices[0]
         return values
+
+    def _float_precision(self, values: Values) -> FloatPrecision:
+        found = str(values.get("float", self.float_precisions[0]))
+        return next((p for p in self.float_precisions if p == found), self.float_precisions[0])
 
     def sparsity_choices(self, block: str) -> tuple[float, ...]:
         """The sparsities of a block's layers."""

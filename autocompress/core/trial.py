@@ -10,7 +10,8 @@ from autocompress.core.errors import InputError
 from autocompress.core.measurement import Interval, Measurement
 
 SCHEMA = 1
-Role = Literal["candidate", "fp32", "uniform-int8"]
+Role = Literal["candidate", "fp32", "uniform-fp16", "uniform-bf16", "uniform-int8"]
+BASELINES: tuple[Role, ...] = ("fp32", "uniform-fp16", "uniform-bf16", "uniform-int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,7 +165,7 @@ class Worker:
         return self.runtimes[name]
 
     def _session(self, runtime: str, artifact: Artifact, options: Options, keep: int = 0) -> Session:
-        key = (artifact.sha256, json.dumps([runtime, dict(options)], sort_keys=True))
+        key = (artifact.key, json.dumps([runtime, dict(options)], sort_keys=True))
         if key not in self.sessions:
             verify(artifact)
             self.sessions[key] = self._load(self._runtime(runtime), artifact, options)
@@ -176,7 +176,7 @@ class Worker:
 
     def _load(self, runtime: Runtime, artifact: Artifact, options: Options) -> Session:
         with self._stage("load"):
-            return runtime.load(Path(artifact.path), options)
+            return runtime.load(Path(artifact.path), {**options, **artifact.options})
 
     def _fingerprint(self, runtime: str) -> Any:
         version = self._runtime(runtime).available().version
