@@ -40,13 +40,13 @@ class Evaluator:
         self._task = task
         self._run = run
         self._host = host
-        self._builder = Builder(task, run.path)
-        self.structure: Structure = self._builder.structure
         facts = host.fingerprint().facts
         profile = dataclasses.replace(
             profile, integer_weight_bits=min(profile.integer_weight_bits, integer_weight_bits(facts))
         )
         self._profile = profile
+        self._builder = Builder(task, run.path, profile)
+        self.structure: Structure = self._builder.structure
         self.space: Space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
         self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
         self._with_energy = "energy" in run.config.objectives
@@ -114,7 +114,7 @@ class Evaluator:
 
     def _build(self, candidate: Candidate, role: Role, watch: Stopwatch) -> Artifact:
         if role == "uniform-int8":
-            return self._builder.vendor_int8(watch, reduce_range=self._profile.integer_weight_bits < 8)
+            return self._builder.vendor_int8(watch)
         return self._builder.build(candidate, watch)
 
     def finalise(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -201,7 +201,7 @@ class Evaluator:
 
     def _accuracy_of(self, artifact: Artifact, watch: Stopwatch) -> dict[str, Any]:
         """Accuracy of a file over validation with its interval; not computed twice for the same bytes."""
-        if artifact.sha256 not in self._accuracy:
+        if artifact.key not in self._accuracy:
             with watch("score"):
                 outputs = self._task.unflatten(self._outputs(artifact, "validation"))
                 accuracy = self._task.metric(outputs, self._task.targets("validation"))
@@ -209,17 +209,19 @@ class Evaluator:
                 bootstrap = self._paired(artifact, outputs)
                 interval = bootstrap.interval(outputs)
             reasons = {} if bootstrap.reason is None else {"accuracy_ci": bootstrap.reason}
-            self._accuracy[artifact.sha256] = {"accuracy": accuracy, "accuracy_ci": interval, "reasons": reasons}
-        return dict(self._accuracy[artifact.sha256])
+            self._accuracy[artifact.key] = {"accuracy": accuracy, "accuracy_ci": interval, "reasons": reasons}
+        return dict(self._accuracy[artifact.key])
 
     def _paired(self, artifact: Artifact, outputs: Any) -> "PairedBootstrap":
         from autocompress.scoring import PairedBootstrap
 
         if self._bootstrap is None:
             reference = self._known_reference()
-            same = reference.sha256 == artifact.sha256
+            same = reference.key == artifact.key
             kept = outputs if same else self._task.unflatten(self._outputs(reference, "validation"))
-            self._bootstrap = PairedBootstrap(self._task.metric, kept, self._task.targets("validation"), self._items)
+            self._bootstrap = PairedBootstrap(
+                self._task.metric, kept, self._task.targets("validation"), self._items, self._task.by_item
+            )
         return self._bootstrap
 
     def _outputs(self, artifact: Artifact, split: str) -> Mapping[str, Any]:
@@ -290,7 +292,7 @@ class Evaluator:
             self._reference, self._reference_ms = self._artifact_of(trial), trial.measurement.reference_ms
         reasons = {name: why for name, why in score.reasons.items() if name == "accuracy_ci"}
         self._accuracy.setdefault(
-            trial.artifact.sha256,
+            trial.artifact.key,
             {"accuracy": score.accuracy, "accuracy_ci": score.accuracy_ci, "reasons": reasons},
         )
         if trial.measurement is not None:

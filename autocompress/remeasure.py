@@ -101,7 +101,9 @@ class Scorer:
         targets, outputs = self.task.targets("validation"), self._outputs(artifact)
         if self._bootstrap is None:
             items = len(self.task.split("validation"))
-            self._bootstrap = PairedBootstrap(self.task.metric, self._outputs(self.fp32), targets, items)
+            self._bootstrap = PairedBootstrap(
+                self.task.metric, self._outputs(self.fp32), targets, items, self.task.by_item
+            )
         return self.task.metric(outputs, targets), self._bootstrap.interval(outputs), self._bootstrap.reason
 
     def _outputs(self, artifact: Artifact) -> Any:

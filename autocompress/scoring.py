@@ -1,7 +1,7 @@
 """Accuracy of a file from the outputs its runtime gave, and how sure that is."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from autocompress.core.errors import StageError
 from autocompress.core.measurement import Interval
 
 Metric = Callable[[Any, Any], float]
+ByItem = Callable[[Any, Any], NDArray[Any]]
 RESAMPLES = 500
 FEWEST_RESAMPLES = 100
 BUDGET_S = 1.0
@@ -33,8 +34,10 @@ class PairedBootstrap:
     around the reference's own score.
     """
 
-    def __init__(self, metric: Metric, reference: Any, targets: Any, items: int) -> None:
+    def __init__(self, metric: Metric, reference: Any, targets: Any, items: int, by_item: ByItem | None = None) -> None:
+        """`by_item` gives a figure for each item whose mean is the metric: it is called once, not once a draw."""
         self._metric = metric
+        self._by_item = by_item
         self._targets = targets
         self._reference = reference
         before = time.monotonic()
@@ -55,12 +58,18 @@ class PairedBootstrap:
         """The interval of these outputs' score; None, with `reason` set, where the metric is too slow for it."""
         if self.reason is not None:
             return None
+        if self._by_item is not None:
+            gained = self._by_item(outputs, self._targets) - self._by_item(self._reference, self._targets)
+            return self._around([float(gained[draw].mean()) for draw in self._draws])
         if self._reference_scores is None:
             self._reference_scores = [
                 self._metric(take(self._reference, d), take(self._targets, d)) for d in self._draws
             ]
         scores = [self._metric(take(outputs, d), take(self._targets, d)) for d in self._draws]
-        low, high = np.quantile(np.subtract(scores, self._reference_scores), [0.025, 0.975])
+        return self._around(np.subtract(scores, self._reference_scores))
+
+    def _around(self, differences: Sequence[float] | NDArray[Any]) -> Interval:
+        low, high = np.quantile(differences, [0.025, 0.975])
         return self.reference_score + float(low), self.reference_score + float(high)
 
 

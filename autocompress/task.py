@@ -167,14 +167,25 @@ class CheckedTask:
             raise StageError("score", f"the metric gives {value}, not a finite number")
         return value
 
+    @property
+    def by_item(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """For each item a figure whose mean is the metric; None for a metric that is the user's own."""
+        return hits if self.task.metric is None else None
+
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss over tensors, outputs as the model returned them."""
         return (self.task.loss or cross_entropy)(outputs, targets)
 
 
+def hits(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """For each item 1.0 where its largest output stands at the target's index, else 0.0."""
+    found: np.ndarray = (np.argmax(outputs, axis=1) == targets).astype(np.float64)
+    return found
+
+
 def top1(outputs: np.ndarray, targets: np.ndarray) -> float:
     """Share of items whose largest output stands at the target's index."""
-    return float(np.mean(np.argmax(outputs, axis=1) == targets))
+    return float(np.mean(hits(outputs, targets)))
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

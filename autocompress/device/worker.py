@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -92,36 +92,43 @@ class Worker:
         self, runtime: Runtime, artifact: Artifact, inputs: "Inputs", out: Path, options: Options
     ) -> dict[str, list[int]]:
         batch = inputs.batch if artifact.dynamic_batch else 1
-        starts = range(0, inputs.count, batch)
+        starts = deque(range(0, inputs.count, batch))
         written: dict[str, Array] = {}
+        lock = threading.Lock()
 
-        def run(session: Session, start: int) -> dict[str, Array]:
+        def next_start() -> int | None:
+            with lock:
+                return starts.popleft() if starts else None
+
+        def work() -> None:
+            try:
+                with contextlib.closing(self._load(runtime, artifact, {**options, "threads": 1})) as session:
+                    while (start := next_start()) is not None:
+                        run(session, start)
+            finally:
+                starts.clear()  # nothing is left, or this one failed: the others need not go on
+
+        def run(session: Session, start: int) -> None:
             stop = min(start + batch, inputs.count)
             outputs = session.run(inputs.items(start, stop))
             _check_finite(outputs, "score", f"item {start}" if batch == 1 else f"items {start} to {stop - 1}")
-            return outputs
+            with lock:
+                store(start, stop, outputs)
 
-        def store(start: int, outputs: Mapping[str, Array]) -> None:
+        def store(start: int, stop: int, outputs: Mapping[str, Array]) -> None:
             for name, value in outputs.items():
-                rows = min(batch, inputs.count - start)
                 if name not in written:
-                    written[name] = _new_array(out / f"{name}.npy", value, inputs.count, rows)
-                written[name][start : start + rows] = value
+                    written[name] = _new_array(out / f"{name}.npy", value, inputs.count, stop - start)
+                written[name][start:stop] = value
             self.report("score")
 
         # A session of one thread for each core: two threads within a session wait for each other longer.
-        with contextlib.ExitStack() as stack:
-            sessions = [
-                stack.enter_context(contextlib.closing(self._load(runtime, artifact, {**options, "threads": 1})))
-                for _ in range(min(usable_cores(), len(starts)))
-            ]
-            stack.enter_context(self._stage("score"))
+        with self._stage("score"):
             out.mkdir(parents=True, exist_ok=True)
-            pool = stack.enter_context(ThreadPoolExecutor(len(sessions)))
-            for turn in range(0, len(starts), len(sessions)):
-                part = starts[turn : turn + len(sessions)]
-                for start, outputs in zip(part, pool.map(run, sessions, part), strict=True):
-                    store(start, outputs)
+            sessions = min(usable_cores(), -(-inputs.count // batch))
+            with ThreadPoolExecutor(sessions) as pool:
+                for done in [pool.submit(work) for _ in range(sessions)]:
+                    done.result()
             for array in written.values():
                 array.flush()  # type: ignore[attr-defined]
         return {name: list(array.shape) for name, array in written.items()}
@@ -252,9 +259,12 @@ def _new_array(path: Path, value: Array, count: int, batch: int) -> Array:
 def serve(lines: TextIO, out: TextIO) -> None:
     """Answer jobs until there are none."""
 
+    lock = threading.Lock()
+
     def send(message: Mapping[str, Any]) -> None:
-        out.write(json.dumps(message, allow_nan=False) + "\n")
-        out.flush()
+        with lock:
+            out.write(json.dumps(message, allow_nan=False) + "\n")
+            out.flush()
 
     worker = Worker(report=lambda stage: send({"stage": stage}))
     for line in lines:

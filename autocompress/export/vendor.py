@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,25 @@ from numpy.typing import NDArray
 
 from autocompress.core.errors import StageError
 from autocompress.core.extras import require
+from autocompress.core.profile import Profile
 
 Feeds = Mapping[str, NDArray[np.generic]]
 
 
-def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds], *, reduce_range: bool) -> bytes:
+def uniform_int8(model: bytes, batches: Iterable[Feeds], profile: Profile) -> bytes:
+    """A float ONNX file as uniform INT8, by the tool of the vendor of the profile's runtime.
+
+    Raises:
+        StageError: the tool fails on this model.
+    """
+    return _TOOLS.get(profile.runtime, onnxruntime_uniform_int8)(model, batches, profile)
+
+
+def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds], profile: Profile) -> bytes:
     """`quant_pre_process`, then `quantize_static` with QDQ, per channel, uint8 activations, int8 weights, min/max.
 
     These are the settings the ONNX Runtime documentation recommends on x86; `reduce_range` (7-bit weights) is what it
-    recommends there for processors without VNNI.
+    recommends there for processors without VNNI, which is where a profile has fewer than 8 integer weight bits.
 
     Raises:
         StageError: the tool fails on this model.
@@ -49,7 +59,7 @@ def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds], *, reduce_r
                 Reader(),
                 quant_format=tool.QuantFormat.QDQ,
                 per_channel=True,
-                reduce_range=reduce_range,
+                reduce_range=profile.integer_weight_bits < 8,
                 activation_type=tool.QuantType.QUInt8,
                 weight_type=tool.QuantType.QInt8,
             )
@@ -58,3 +68,8 @@ def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds], *, reduce_r
             raise StageError("export", f"onnxruntime.quantization fails: {type(error).__name__}: {error}") from error
         finally:
             logging.disable(level)
+
+
+_TOOLS: Mapping[str, Callable[[bytes, Iterable[Feeds], Profile], bytes]] = {
+    "onnxruntime": onnxruntime_uniform_int8,
+}
