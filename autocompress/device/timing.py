@@ -53,7 +53,7 @@ def interleave(calls: Sequence[Call], plan: MeasurePlan, clock: Clock) -> list[B
         repeats = [max(1, round(SAMPLE_NS / _warm_up(call, plan, clock))) for call in calls]
         blocks: list[Block] = []
         begin = clock()
-        while not _done(blocks, plan, clock() - begin):
+        while not done(blocks, plan, clock() - begin):
             blocks.append(_block(calls, repeats, len(blocks), plan, clock))
         return blocks
     finally:
@@ -100,7 +100,8 @@ def _turn(call: Call, repeats: int, plan: MeasurePlan, clock: Clock) -> list[flo
     return samples
 
 
-def _done(blocks: Sequence[Block], plan: MeasurePlan, elapsed_ns: int) -> bool:
+def done(blocks: Sequence[Block], plan: MeasurePlan, elapsed_ns: int) -> bool:
+    """Whether the plan is met, `elapsed_ns` after the first block began."""
     if len(blocks) < FEWEST_BLOCKS:
         return False
     if elapsed_ns >= plan.max_duration_s * 1e9 * max(1.0, (len(blocks[0]) - 1) / 4):

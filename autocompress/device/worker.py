@@ -2,12 +2,14 @@
 
 A job is ``{"job": name, "runtime": …, "options": …, "plan": …, …}``. The answer is any number of
 ``{"stage": name}`` (where the work is now; each one shows that it is alive) and then one of ``{"result": …}`` and
-``{"failure": {"stage", "error", "message"}}``. The process ends when its standard input does, even amid a job.
+``{"failure": {"stage", "error", "message"}}``. The process ends when its standard input does, even amid a job,
+and where it cannot notice, because native code hangs, by the alarm of the job's ``limit_s``.
 Standard output belongs to the protocol: what a runtime prints goes to standard error.
 """
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -27,8 +29,9 @@ from autocompress.core.artifact import Artifact, sha256_of
 from autocompress.core.errors import AutocompressError, StageError, TargetError
 from autocompress.core.measurement import MeasurePlan
 from autocompress.core.record import from_json, to_json
-from autocompress.device import meters
+from autocompress.device import files, meters
 from autocompress.device.fingerprint import fingerprint, usable_cores
+from autocompress.device.lock import measuring_lock
 from autocompress.device.runtime import Array, Options, Runtime, Session, get_runtime
 from autocompress.device.timing import CLOCKS, clock_name, interleave
 
@@ -56,6 +59,9 @@ class Worker:
             StageError: the artifact failed.
             TargetError: the runtime is not usable here.
         """
+        if job["job"] in files.JOBS:
+            with self._stage("score" if job["job"] == "get" else "load"):
+                return files.JOBS[job["job"]](job)
         runtime = self._runtime(job["runtime"])
         if job["job"] == "fingerprint":
             return self._fingerprint(job["runtime"])
@@ -65,7 +71,8 @@ class Worker:
         artifacts = [from_json(Artifact, a) for a in job["artifacts"]]
         if job["job"] == "measure":
             plan = from_json(MeasurePlan, job["plan"])
-            return self._measure(job["runtime"], artifacts, inputs, options, plan)
+            with measuring_lock(lambda: self.report("wait")):
+                return self._measure(job["runtime"], artifacts, inputs, options, plan)
         if job["job"] == "executed":
             return self._executed(self._session(job["runtime"], artifacts[0], options), inputs)
         if job["job"] == "outputs":
@@ -73,7 +80,8 @@ class Worker:
         if job["job"] == "memory":
             return self._memory(runtime, artifacts[0], inputs, options)
         if job["job"] == "energy":
-            return self._energy(self._session(job["runtime"], artifacts[0], options), inputs)
+            with measuring_lock(lambda: self.report("wait")):
+                return self._energy(self._session(job["runtime"], artifacts[0], options), inputs)
         raise ValueError(f"no job {job['job']!r}")
 
     def _measure(
@@ -100,11 +108,10 @@ class Worker:
             with lock:
                 return starts.popleft() if starts else None
 
-        def work() -> None:
+        def work(session: Session) -> None:
             try:
-                with contextlib.closing(self._load(runtime, artifact, {**options, "threads": 1})) as session:
-                    while (start := next_start()) is not None:
-                        run(session, start)
+                while (start := next_start()) is not None:
+                    run(session, start)
             finally:
                 starts.clear()  # nothing is left, or this one failed: the others need not go on
 
@@ -123,12 +130,15 @@ class Worker:
             self.report("score")
 
         # A session of one thread for each core: two threads within a session wait for each other longer.
-        with self._stage("score"):
+        count = min(usable_cores(), len(starts))
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(count))
+            load = [pool.submit(self._load, runtime, artifact, {**options, "threads": 1}) for _ in range(count)]
+            sessions = [stack.enter_context(contextlib.closing(loaded.result())) for loaded in load]
+            stack.enter_context(self._stage("score"))
             out.mkdir(parents=True, exist_ok=True)
-            sessions = min(usable_cores(), -(-inputs.count // batch))
-            with ThreadPoolExecutor(sessions) as pool:
-                for done in [pool.submit(work) for _ in range(sessions)]:
-                    done.result()
+            for done in [pool.submit(work, session) for session in sessions]:
+                done.result()
             for array in written.values():
                 array.flush()  # type: ignore[attr-defined]
         return {name: list(array.shape) for name, array in written.items()}
@@ -253,23 +263,29 @@ def _new_array(path: Path, value: Array, count: int, batch: int) -> Array:
     if value.ndim == 0 or len(value) != batch:
         raise StageError("score", f"output {path.stem!r} must have one entry an item, got {value.shape} for {batch}")
     array: Array = np.lib.format.open_memmap(path, mode="w+", dtype=value.dtype, shape=(count, *value.shape[1:]))
+    with path.open("r+b") as file:  # a full disk is said now: writing to a map of what is not there would be the end
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 
 def serve(lines: TextIO, out: TextIO) -> None:
-    """Answer jobs until there are none."""
+    """Answer jobs until there are none; one that shows nothing for its `limit_s` is the end of the process."""
 
     lock = threading.Lock()
+    limit_s = 0
 
     def send(message: Mapping[str, Any]) -> None:
         with lock:
+            signal.alarm(limit_s if "stage" in message else 0)
             out.write(json.dumps(message, allow_nan=False) + "\n")
             out.flush()
 
     worker = Worker(report=lambda stage: send({"stage": stage}))
     for line in lines:
+        job = json.loads(line)
+        limit_s = math.ceil(job.get("limit_s", 0))
         try:
-            send({"result": worker.answer(json.loads(line))})
+            send({"result": worker.answer(job)})
         except (StageError, TargetError) as error:
             stage = error.stage if isinstance(error, StageError) else ""
             send({"failure": {"stage": stage, "error": type(error).__name__, "message": str(error)}})

@@ -10,7 +10,7 @@ import pytest
 from autocompress.core.artifact import Artifact
 from autocompress.core.measurement import MeasurePlan
 from autocompress.core.profile import Profile
-from autocompress.device.hosts import LocalHost
+from autocompress.device.local import LocalHost
 from tests.models import artifact_of, write_fake, write_inputs
 
 QUICK = {"warmup_s": 0.001, "warmup_runs": 2, "turn_s": 0.001, "min_blocks": 3, "max_duration_s": 0.1}

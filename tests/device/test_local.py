@@ -14,7 +14,9 @@ import pytest
 
 from autocompress.core.errors import InputError, StageError, TargetError
 from autocompress.core.measurement import separated
-from autocompress.device.hosts import LocalHost, WorkerProcess, measuring_lock
+from autocompress.device.local import LocalHost
+from autocompress.device.lock import measuring_lock
+from autocompress.device.process import WorkerProcess
 from tests.device.conftest import MakeArtifact, profile_of
 from tests.models import MIXED_PRECISIONS, artifact_of, write_convs, write_inputs, write_linear, write_mixed
 
@@ -230,8 +232,8 @@ import time
 from pathlib import Path
 from autocompress.core.artifact import Artifact, TensorSpec
 from tests.device.conftest import profile_of
-from tests.device.test_hosts import workers
-from autocompress.device.hosts import LocalHost
+from tests.device.test_local import workers
+from autocompress.device.local import LocalHost
 artifact, inputs = {artifact!r}, Path({str(inputs)!r})
 host = LocalHost(profile_of({FAKE!r}))
 host.fingerprint()
@@ -250,7 +252,7 @@ print(*workers(), flush=True)
 
 
 def test_only_one_process_measures_at_a_time(tmp_path: Path) -> None:
-    script = "from autocompress.device.hosts import *\nwith measuring_lock(): print('mine', flush=True)"
+    script = "from autocompress.device.lock import *\nwith measuring_lock(): print('mine', flush=True)"
     with measuring_lock():
         other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -337,8 +339,8 @@ def test_more_work_takes_longer_by_separated_intervals(tmp_path: Path) -> None:
     assert math.isclose(found.ratio, 4 / 6, rel_tol=0.15)
 
 
-def test_a_worker_process_says_what_it_said_last(tmp_path: Path) -> None:
-    worker = WorkerProcess({}, timeout_s=30)
+def test_a_worker_process_says_what_it_said_last() -> None:
+    worker = WorkerProcess([sys.executable, "-P", "-m", "autocompress.device.worker"], 30)
     with pytest.raises(TargetError, match=r"KeyError: 'runtime'"):
         worker.ask({"job": "measure"})
     assert not worker.alive
