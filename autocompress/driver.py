@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress.core.errors import InputError, RunError, StageError, TargetError
+from autocompress.core.errors import InputError, RunError, StageError
 from autocompress.core.front import Limits, parse_objectives
 from autocompress.core.profile import Profile
 from autocompress.core.space import SpaceRules
+from autocompress.device.hosts import LOCAL, open_host, parse_hosts
 from autocompress.loop import Budget, CandidateEvaluator, Session, require_fp32, seeds
+from autocompress.place import check_kind, check_runtime, placed
 from autocompress.progress import Progress, Silent, open_progress
 from autocompress.run import Fidelity, Run, RunConfig, library_versions, open_run, refuse_existing, utc_now
 from autocompress.signals import Interrupted, Signals
@@ -42,7 +44,7 @@ def search(
     storage: str | None = None,
     study: str | None = None,
     workers: int = 1,
-    on: str = "local",
+    on: str | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     resume: bool = False,
@@ -66,7 +68,8 @@ def search(
         storage: database URL for the record; default is SQLite in the run. It is kept in run.json as given.
         study: name in the storage; default is the run's directory name.
         workers: processes that share the search on this machine; more than one needs `task` as a reference.
-        on: where the device is; only `local` so far.
+        on: where the device is: `local`, `ssh:user@host[:port]` or `adb:SERIAL`, or several devices of one kind with
+            commas between them, each of which gets a process of its own; default is where the profile says it is.
         seed: of sampling.
         out: directory of the run; default is runs/<task>-<target>-<UTC time>.
         resume: continue the run in `out` under the same terms.
@@ -80,15 +83,20 @@ def search(
     from autocompress.config import load_profile, load_space
     from autocompress.task import check_task, load_task
 
-    _check_arguments(trials, timeout, workers, on, fidelity, recover_steps)
+    _check_arguments(trials, timeout, workers, fidelity, recover_steps)
     _check_out(out, resume)
     parse_objectives(objectives)
     profile = target if isinstance(target, Profile) else load_profile(str(target))
+    if on is None and resume and out is not None:
+        on = open_run(out).config.profile.host
+    profile = placed(profile, on)
+    hosts = parse_hosts(profile.host)
+    workers = max(workers, len(hosts))
     rules = space if isinstance(space, SpaceRules) else load_space(str(space))
     reference = task if isinstance(task, str) else None
     if workers > 1 and reference is None:
         raise InputError("workers > 1 needs the task as a reference, such as 'task.py': each process loads it anew")
-    _check_runtime(profile)
+    check_runtime(profile)
     checked = check_task(load_task(task) if isinstance(task, str) else task)
     if out is None:
         out = Path("runs") / f"{checked.task.name}-{profile.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
@@ -116,9 +124,16 @@ def search(
     try:
         with run.lock(), Signals().installed() as signals:
             shown.stage(f"preparing {run.config.task_name} for {profile.name}")
-            with _evaluator(checked, run) as evaluator:
+            with _evaluator(checked, run, hosts[0]) as evaluator:
                 conduct(
-                    evaluator, run, budget=budget, progress=shown, signals=signals, workers=workers, started=started
+                    evaluator,
+                    run,
+                    budget=budget,
+                    progress=shown,
+                    signals=signals,
+                    workers=workers,
+                    hosts=hosts,
+                    started=started,
                 )
     except Interrupted as stop:
         stop.run = run
@@ -136,6 +151,7 @@ def conduct(
     progress: Progress,
     signals: Signals,
     workers: int = 1,
+    hosts: Sequence[str] = (LOCAL,),
     started: float | None = None,
 ) -> None:
     """A whole search with an evaluator that is ready: baselines, exploration by all workers, the front again."""
@@ -144,7 +160,7 @@ def conduct(
         run.log("run_started", trials=budget.trials, workers=workers, known=len(study), versions=library_versions())
         try:
             session.baselines()
-            with Workers(run, workers - 1, budget) as others:
+            with Workers(run, workers - 1, budget, hosts) as others:
                 reason = session.explore(seeds(evaluator.space)[::workers], others.check)
                 others.join()
             if run.final() is None:
@@ -172,12 +188,14 @@ def worker(
     of: int = 1,
     trials: int | None = None,
     timeout: float | None = None,
+    on: str | None = None,
 ) -> Run:
     """Join the search whose record is `study` in `storage`: it says where its run is. Ends with the budget.
 
     Args:
         index, of: this is worker `index` of `of` that divide the seeds; None takes none of them.
         trials, timeout: budget; default is the run's own number of trials, and no time.
+        on: where the device is; default is the run's.
 
     Raises:
         RunError: there is no such study, or its run is not reachable from here, or it has no fp32 baseline yet.
@@ -199,7 +217,8 @@ def worker(
         parent=None if parent is None else int(parent),
     )
     try:
-        with Signals().installed() as signals, _evaluator(check_task(load_task(run.config.task)), run) as evaluator:
+        task, where = check_task(load_task(run.config.task)), parse_hosts(on or run.config.profile.host)[0]
+        with Signals().installed() as signals, _evaluator(task, run, where) as evaluator:
             contribute(evaluator, run, budget=budget, signals=signals, index=index, of=of)
     except Interrupted as stop:
         stop.run = run
@@ -222,12 +241,14 @@ def contribute(
 
 
 @contextlib.contextmanager
-def _evaluator(task: "CheckedTask", run: Run) -> Iterator[CandidateEvaluator]:
-    from autocompress.device.hosts import LocalHost
+def _evaluator(task: "CheckedTask", run: Run, on: str) -> Iterator[CandidateEvaluator]:
     from autocompress.evaluate import Evaluator
 
     config = run.config
-    with LocalHost(config.profile) as host:
+    with open_host(on, config.profile) as host:
+        known = next((t.measurement for t in run.trials() if t.measurement is not None), None)
+        if on != LOCAL and known is not None:
+            check_kind(on, host.fingerprint(), known.fingerprint)
         yield Evaluator(task, run, config.profile, config.rules, host)
 
 
@@ -247,7 +268,7 @@ def _open_study(evaluator: CandidateEvaluator, run: Run, *, offset: int) -> "Stu
 
 
 def _check_arguments(
-    trials: int | None, timeout: float | None, workers: int, on: str, fidelity: str, recover_steps: int
+    trials: int | None, timeout: float | None, workers: int, fidelity: str, recover_steps: int
 ) -> None:
     if trials is None and timeout is None:
         raise InputError("a search needs an end: give `trials`, `timeout` or both")
@@ -264,8 +285,6 @@ def _check_arguments(
             f"fidelity {fidelity!r} does not go with {recover_steps} recover steps: "
             "'recover' needs at least 1, 'oneshot' takes none"
         )
-    if on != "local":
-        raise TargetError(f"`on` = {on!r} is not usable: this version measures on 'local' only")
 
 
 def _check_out(out: Path | str | None, resume: bool) -> None:
@@ -276,14 +295,6 @@ def _check_out(out: Path | str | None, resume: bool) -> None:
         open_run(out)
     elif out is not None:
         refuse_existing(out)
-
-
-def _check_runtime(profile: Profile) -> None:
-    from autocompress.device.runtime import get_runtime
-
-    found = get_runtime(profile.runtime).available()
-    if not found.usable:
-        raise TargetError(f"runtime {profile.runtime!r} of {profile.name!r} is not usable: {found.reason}")
 
 
 def _created(out: Path | str, config: RunConfig) -> Run:
@@ -301,6 +312,8 @@ def _resumed(out: Path | str, config: RunConfig) -> Run:
         raise RunError(f"{out} has its record elsewhere than in the storage given: leave `storage` out when resuming")
     for name in TERMS:
         before, now = getattr(run.config, name), getattr(config, name)
+        if name == "profile":  # the same kind of device may stand elsewhere by now
+            now = placed(now, before.host)
         if before != now:
             shown: tuple[Any, Any] = (getattr(before, "name", before), getattr(now, "name", now))
             if shown[0] == shown[1]:

@@ -154,7 +154,7 @@ class Evaluator:
             figures = self._meters(artifact, Stopwatch(), memory=False, energy=True)
             figures["reasons"]["peak_memory_bytes"] = str(error)
         tested = self._test_accuracy(artifact)
-        again = {name: why for name, why in score.reasons.items() if name in ("accuracy_ci", "executed")}
+        again = {name: why for name, why in score.reasons.items() if name in ("accuracy", "accuracy_ci", "executed")}
         low, high = measurement.ratio_ci
         return dataclasses.replace(
             trial,
@@ -208,7 +208,9 @@ class Evaluator:
             with watch("interval"):
                 bootstrap = self._paired(artifact, outputs)
                 interval = bootstrap.interval(outputs)
-            reasons = {} if bootstrap.reason is None else {"accuracy_ci": bootstrap.reason}
+            reasons = dict(self._host.reasons)
+            if bootstrap.reason is not None:
+                reasons["accuracy_ci"] = bootstrap.reason
             self._accuracy[artifact.key] = {"accuracy": accuracy, "accuracy_ci": interval, "reasons": reasons}
         return dict(self._accuracy[artifact.key])
 
@@ -290,7 +292,7 @@ class Evaluator:
             return
         if trial.role == "fp32" and trial.measurement is not None:
             self._reference, self._reference_ms = self._artifact_of(trial), trial.measurement.reference_ms
-        reasons = {name: why for name, why in score.reasons.items() if name == "accuracy_ci"}
+        reasons = {name: why for name, why in score.reasons.items() if name in ("accuracy", "accuracy_ci")}
         self._accuracy.setdefault(
             trial.artifact.key,
             {"accuracy": score.accuracy, "accuracy_ci": score.accuracy_ci, "reasons": reasons},

@@ -210,7 +210,7 @@ def _copy(run: Run, trial: Trial, folder: Path, name: str) -> Artifact:
 
 def _write_sample(folder: Path, run: Run, model: Trial) -> int:
     """Write sample inputs, evenly spread over validation, and the model's outputs for them; returns their number."""
-    from autocompress.device.hosts import LocalHost
+    from autocompress.device.hosts import open_host
 
     assert model.artifact is not None
     sources = {s.name: _open_array(run.data / "validation" / f"{s.name}.npy") for s in model.artifact.inputs}
@@ -219,7 +219,10 @@ def _write_sample(folder: Path, run: Run, model: Trial) -> int:
     keep = np.unique(np.linspace(0, count - 1, max(1, min(count, SAMPLE_ITEMS, SAMPLE_BYTES // item_bytes)), dtype=int))
     inputs = {name: np.ascontiguousarray(array[keep]) for name, array in sources.items()}
     absolute = dataclasses.replace(model.artifact, path=str(folder / model.artifact.path))
-    with TemporaryDirectory(prefix="autocompress-") as scratch, LocalHost(run.config.profile) as host:
+    with (
+        TemporaryDirectory(prefix="autocompress-") as scratch,
+        open_host(run.config.profile.host, run.config.profile) as host,
+    ):
         given, got = Path(scratch, "in"), Path(scratch, "out")
         given.mkdir()
         got.mkdir()

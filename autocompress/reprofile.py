@@ -15,7 +15,8 @@ from autocompress.core.front import Front, Limits
 from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.trial import Role, Score, Trial
-from autocompress.device.hosts import Host
+from autocompress.device.hosts import Host, open_host
+from autocompress.place import check_runtime, placed
 from autocompress.recorded import Recorded, open_recorded
 from autocompress.remeasure import Progress, Scorer, measure_usable, open_task, same_numbers, silent
 
@@ -92,7 +93,7 @@ class Reprofile:
 def reprofile(
     path: Path | str,
     target: str | None = None,
-    on: str = "local",
+    on: str | None = None,
     *,
     host: Host | None = None,
     progress: Progress = silent,
@@ -101,23 +102,19 @@ def reprofile(
 
     Args:
         target: another profile; default is the recorded one.
-        on: where the device is; only `local` so far.
-        host: measures in the place of this machine.
+        on: where the device is: `local`, `ssh:user@host[:port]` or `adb:SERIAL`; default is as the profile says.
+        host: measures in the place of that device.
 
     Raises:
         InputError: it is neither, a file of it was changed, or the profile takes files of another format.
         TargetError: the runtime is not usable here, or fp32 fails on it.
     """
-    if on != "local":
-        raise TargetError(f"`on` = {on!r} is not usable: this version measures on 'local' only")
     with open_recorded(Path(path)) as source:
-        profile = _profile(source, target)
+        profile = _profile(source, target, on)
         if host is not None:
             return _compare(source, profile, host, progress)
-        from autocompress.device.hosts import LocalHost
-
-        with LocalHost(profile) as local:
-            return _compare(source, profile, local, progress)
+        with open_host(profile.host, profile) as found:
+            return _compare(source, profile, found, progress)
 
 
 def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -130,19 +127,16 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
     return sum(a * b for a, b in signs) / math.sqrt(untied[0] * untied[1])
 
 
-def _profile(source: Recorded, target: str | None) -> Profile:
+def _profile(source: Recorded, target: str | None, on: str | None) -> Profile:
     from autocompress.config import load_profile
-    from autocompress.device.runtime import get_runtime
 
-    profile = source.profile if target is None else load_profile(target)
+    profile = placed(source.profile if target is None else load_profile(target), on)
     if profile.format != source.profile.format:
         raise InputError(
             f"{source.path} holds {source.profile.format} files and {profile.name} takes {profile.format}: "
             f"search for that target with `autocompress search {source.task or 'TASK'} --target {profile.name}`"
         )
-    found = get_runtime(profile.runtime).available()
-    if not found.usable:
-        raise TargetError(f"runtime {profile.runtime!r} of {profile.name!r} is not usable: {found.reason}")
+    check_runtime(profile)
     return profile
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from autocompress.core.errors import StageError, TaskError, VerifyError
 from autocompress.core.measurement import Interval, merge
-from autocompress.device.hosts import Host
+from autocompress.device.hosts import Host, open_host
 from autocompress.package import Arrays, Package, read_package
 from autocompress.remeasure import Progress, Scorer, changed, open_task, overlap, rounds, silent
 
@@ -79,10 +79,16 @@ class Verification:
             raise VerifyError(f"{'; '.join(self.faults)}.{elsewhere if self.machine else ''}")
 
 
-def verify_package(path: Path | str, host: Host | None = None, *, progress: Progress = silent) -> Verification:
+def verify_package(
+    path: Path | str, host: Host | None = None, *, on: str | None = None, progress: Progress = silent
+) -> Verification:
     """Compare a package with its record: its files' hashes, its latency against fp32, its accuracy and outputs.
 
     A latency whose interval does not meet the recorded one is measured a second time before it counts.
+
+    Args:
+        host: measures in the place of the device.
+        on: where the device is, as `--on` takes it; default is as the package's profile says.
 
     Raises:
         PackageError: it is no package, or a file is missing or was changed.
@@ -93,10 +99,9 @@ def verify_package(path: Path | str, host: Host | None = None, *, progress: Prog
     try:
         if host is not None:
             return _verify(package, host, progress)
-        from autocompress.device.hosts import LocalHost
-
-        with LocalHost(package.manifest.profile) as local:
-            return _verify(package, local, progress)
+        profile = package.manifest.profile
+        with open_host(on or profile.host, profile) as found:
+            return _verify(package, found, progress)
     except StageError as error:
         raise VerifyError(f"{package.path} does not run here: {error.stage}: {error}") from error
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from autocompress.loop import Budget
 from autocompress.run import Run
@@ -14,9 +15,12 @@ STOP_TIMEOUT_S = 10
 
 
 class Workers:
-    """`count` processes of `autocompress worker`, which end when the budget is spent or this process is gone."""
+    """`count` processes of `autocompress worker`, which end when the budget is spent or this process is gone.
 
-    def __init__(self, run: Run, count: int, budget: Budget) -> None:
+    This process measures on the first of `hosts`, they on the next, in turn.
+    """
+
+    def __init__(self, run: Run, count: int, budget: Budget, hosts: Sequence[str]) -> None:
         self._run = run
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         command = [sys.executable, "-m", "autocompress", "worker", "--storage", run.storage]
@@ -29,7 +33,7 @@ class Workers:
             with (run.path / f"worker-{index}.log").open("ab") as log:
                 # A session of its own: Ctrl-C reaches this process only, which then stops the workers.
                 self._processes[index] = subprocess.Popen(
-                    [*command, "--index", str(index)],
+                    [*command, "--index", str(index), "--on", hosts[index % len(hosts)]],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -30,6 +30,7 @@ class Recording:
     def __init__(self, host: LocalHost) -> None:
         self._host = host
         self.jobs: list[tuple[str, str]] = []
+        self.reasons = host.reasons
 
     def measure(self, artifacts: list[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]:
         self.jobs.append(("fresh" if fresh else "measure", artifacts[-1].sha256))

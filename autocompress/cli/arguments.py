@@ -6,8 +6,6 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from autocompress.core.errors import InputError, TargetError
-
 if TYPE_CHECKING:
     from autocompress.core.front import Limits
 
@@ -42,7 +40,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_host(parser: argparse.ArgumentParser) -> None:
     """`--on HOST`."""
-    parser.add_argument("--on", default="local", metavar="HOST", help="where the device is (this version: local)")
+    parser.add_argument(
+        "--on",
+        metavar="HOST",
+        help="where the device is: local, ssh:user@host[:port] or adb:SERIAL (default: as the profile says)",
+    )
 
 
 def add_limits(parser: argparse.ArgumentParser, flags: tuple[str, ...] = tuple(LIMITS)) -> None:
@@ -58,20 +60,6 @@ def limits_of(args: argparse.Namespace) -> "Limits":
 
     given = {name: getattr(args, name, None) for name in (f[2:].replace("-", "_") for f in LIMITS)}
     return Limits(**given)
-
-
-def require_local(host: str) -> None:
-    """Refuse a host that this version cannot reach.
-
-    Raises:
-        InputError: it is no host at all.
-        TargetError: it is one, but only `local` is measured on in this version.
-    """
-    if host == "local":
-        return
-    if not re.fullmatch(r"ssh:[^@\s]+@[^\s:]+(:\d+)?|adb:\S+", host):
-        raise InputError(f"a host is 'local', 'ssh:user@host[:port]' or 'adb:SERIAL', got {host!r}")
-    raise TargetError(f"host {host!r} is not usable: this version measures on 'local' only")
 
 
 def print_json(data: Any) -> None:

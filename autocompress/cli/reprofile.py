@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.research:
         raise InputError(f"--research {args.research} is not in this version: reprofile measures what was found before")
-    arguments.require_local(args.on)
-    result = reprofile(args.path, args.target, progress=arguments.note)
+    result = reprofile(args.path, args.target, args.on, progress=arguments.note)
     if args.json:
         arguments.print_json(dump(result, SCHEMA))
     else:

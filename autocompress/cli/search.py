@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     from autocompress.cli.front import show
     from autocompress.driver import search
 
-    arguments.require_local(args.on)
     trials = 100 if args.trials is None and args.timeout is None else args.trials
     found = search(
         anchored(args.task),

@@ -20,8 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from autocompress.core.record import to_json
     from autocompress.verify import verify_package
 
-    arguments.require_local(args.on)
-    result = verify_package(Path(args.path), progress=arguments.note)
+    result = verify_package(Path(args.path), on=args.on, progress=arguments.note)
     if args.json:
         arguments.print_json({"schema": 1, **to_json(result), "faults": list(result.faults)})
     else:

@@ -14,6 +14,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--index", type=int, metavar="N", help="which of the workers that divide the seeds this is")
     parser.add_argument("--of", type=int, default=1, metavar="N", help="how many workers divide the seeds")
     parser.add_argument("--trials", type=int, metavar="N", help="trials to end at (default: the run's)")
+    arguments.add_host(parser)
     parser.add_argument("--timeout", type=arguments.duration, metavar="30m", help="time after which no trial is begun")
 
 
@@ -21,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
     """Work until the budget is spent."""
     from autocompress.driver import worker
 
-    worker(args.storage, args.study, index=args.index, of=args.of, trials=args.trials, timeout=args.timeout)
+    worker(args.storage, args.study, index=args.index, of=args.of, trials=args.trials, timeout=args.timeout, on=args.on)
     return 0
