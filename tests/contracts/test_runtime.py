@@ -1,78 +1,36 @@
-"""Every runtime keeps the promises of `autocompress.device.runtime`; one class, each runtime supplies a case."""
+"""Every runtime keeps the promises of `autocompress.device.runtime`; one suite, each runtime supplies a case."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from numpy.typing import NDArray
 
+from autocompress.core.artifact import Artifact
 from autocompress.core.errors import InputError, StageError
-from autocompress.device.onnxruntime import OnnxRuntime
-from autocompress.device.runtime import Runtime, Session
-from tests.fakes import FakeRuntime
-from tests.models import MIXED_PRECISIONS, write_fake, write_linear, write_mixed
+from autocompress.device.local import LocalHost
+from autocompress.device.runtime import Session
+from tests.contracts.cases import Case, case_of, parameters
+from tests.device.conftest import profile_of
+from tests.models import artifact_of, write_inputs
 
 OPTIONS = {"threads": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A runtime, a model of it with its inputs and their outputs, and a model of mixed precision with what runs.
-
-    The model's one input, "input", is float32 of shape (any, 4).
-    """
-
-    runtime: Runtime
-    path: Path
-    inputs: Mapping[str, NDArray[Any]]
-    outputs: Mapping[str, NDArray[Any]]
-    mixed: Path
-    mixed_inputs: Mapping[str, NDArray[Any]]
-    executed: Mapping[str, str]
-
-
-def _x() -> NDArray[Any]:
-    return np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
-
-
-def onnxruntime_case(folder: Path) -> Case:
-    rng = np.random.default_rng(2)
-    weight, bias = rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=3).astype(np.float32)
-    return Case(
-        runtime=OnnxRuntime(),
-        path=write_linear(folder / "linear.onnx", weight, bias),
-        inputs={"input": _x()},
-        outputs={"output": _x() @ weight + bias},
-        mixed=write_mixed(folder / "mixed.onnx"),
-        mixed_inputs={"input": rng.normal(size=(1, 3, 8, 8)).astype(np.float32)},
-        executed=MIXED_PRECISIONS,
-    )
-
-
-def fake_case(folder: Path) -> Case:
-    executed = {"a": "int8", "b": "fp32"}
-    path = write_fake(folder / "fake.json", scale=2.0, shift=1.0, executed=executed)
-    x = {"input": _x()}
-    outputs = {"output": 2 * _x() + 1}
-    return Case(
-        runtime=FakeRuntime(), path=path, inputs=x, outputs=outputs, mixed=path, mixed_inputs=x, executed=executed
-    )
-
-
-CASES = {"onnxruntime": onnxruntime_case, "fake": fake_case}
-
-
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=parameters())
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    return CASES[request.param](tmp_path)
+    return case_of(request.param, tmp_path)
 
 
 @pytest.fixture
-def session(case: Case) -> Session:
-    return case.runtime.load(case.path, OPTIONS)
+def session(case: Case) -> Iterator[Session]:
+    made = case.runtime.load(case.path, OPTIONS)
+    yield made
+    made.close()
 
 
 class TestRuntime:
@@ -90,7 +48,7 @@ class TestRuntime:
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
 
     def test_runs_any_batch_size_where_the_batch_is_free(self, case: Case, session: Session) -> None:
-        for size in (1, 3):
+        for size in (1, 3) if case.batch is None else (case.batch,):
             found = session.run({"input": case.inputs["input"][:size]})
             np.testing.assert_allclose(found["output"], case.outputs["output"][:size], rtol=1e-5, atol=1e-6)
 
@@ -119,10 +77,12 @@ class TestRuntime:
             session.run({})
 
     def test_wrong_shape_says_what_came_and_what_is_expected(self, case: Case, session: Session) -> None:
-        with pytest.raises(InputError, match=r"'input' must have shape \(any, 4\), got \(5, 3\)"):
-            session.run({"input": case.inputs["input"][:, :3]})
-        with pytest.raises(InputError, match=r"'input' must have shape \(any, 4\), got \(4,\)"):
-            session.run({"input": case.inputs["input"][0]})
+        x = case.inputs["input"]
+        wanted = rf"\({case.batch or 'any'}, 4\)"
+        with pytest.raises(InputError, match=rf"'input' must have shape {wanted}, got \({len(x)}, 3\)"):
+            session.run({"input": x[:, :3]})
+        with pytest.raises(InputError, match=rf"'input' must have shape {wanted}, got \(4,\)"):
+            session.run({"input": x[0]})
 
     def test_wrong_dtype_says_what_came_and_what_is_expected(self, case: Case, session: Session) -> None:
         with pytest.raises(InputError, match="'input' must be float32, got float64"):
@@ -150,3 +110,67 @@ class TestRuntime:
         with pytest.raises(StageError) as caught:
             case.runtime.load(tmp_path / "none", OPTIONS)
         assert caught.value.stage == "load"
+
+
+@pytest.fixture
+def host(case: Case) -> Iterator[LocalHost]:
+    """A job of this host is a hang after 4 seconds."""
+    with LocalHost(profile_of(case.runtime_name, timeout_s=4)) as made:
+        yield made
+
+
+@pytest.fixture
+def artifact(case: Case) -> Artifact:
+    return artifact_of(case.path, shape=case.shape)
+
+
+@pytest.fixture
+def inputs(case: Case, tmp_path: Path) -> Path:
+    return write_inputs(tmp_path / "inputs", **case.inputs)
+
+
+def stopped_worker(host: LocalHost) -> psutil.Process:
+    """The host's worker, which takes jobs and does nothing with them."""
+    host.fingerprint()
+    (worker,) = (p for p in psutil.Process().children() if "autocompress.device.worker" in p.cmdline())
+    worker.suspend()
+    return worker
+
+
+def assert_runs(host: LocalHost, artifact: Artifact, inputs: Path, case: Case, out: Path) -> None:
+    host.outputs(artifact, inputs, out)
+    for name, value in case.outputs.items():
+        np.testing.assert_allclose(np.load(out / f"{name}.npy"), value, rtol=1e-5, atol=1e-6)
+
+
+class TestRuntimeInTheWorker:
+    def test_outputs_equal_numpy_and_latency_is_measured(
+        self, case: Case, host: LocalHost, artifact: Artifact, inputs: Path, tmp_path: Path
+    ) -> None:
+        assert_runs(host, artifact, inputs, case, tmp_path / "out")
+        (measured,) = host.measure([artifact, artifact], inputs)
+        assert measured.measured_ms > 0
+
+    def test_executed_precision_comes_through(self, case: Case, host: LocalHost, tmp_path: Path) -> None:
+        folder = write_inputs(tmp_path / "mixed", **case.mixed_inputs)
+        assert host.executed(artifact_of(case.mixed), folder) == case.executed
+
+    def test_crashed_worker_fails_the_file_and_the_next_job_runs(
+        self, case: Case, host: LocalHost, artifact: Artifact, inputs: Path, tmp_path: Path
+    ) -> None:
+        worker = stopped_worker(host)
+        killing = threading.Timer(0.3, lambda: os.kill(worker.pid, signal.SIGKILL))
+        killing.start()
+        with pytest.raises(StageError, match="died of SIGKILL"):
+            host.outputs(artifact, inputs, tmp_path / "out")
+        killing.join()
+        assert_runs(host, artifact, inputs, case, tmp_path / "out")
+
+    def test_hung_worker_fails_the_file_and_the_next_job_runs(
+        self, case: Case, host: LocalHost, artifact: Artifact, inputs: Path, tmp_path: Path
+    ) -> None:
+        worker = stopped_worker(host)
+        with pytest.raises(StageError, match="hung in stage 'load' for 4 s"):
+            host.outputs(artifact, inputs, tmp_path / "out")
+        assert not worker.is_running()
+        assert_runs(host, artifact, inputs, case, tmp_path / "out")
