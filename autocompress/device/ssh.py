@@ -82,15 +82,13 @@ class SshHost(WorkerHost):
             try:
                 worker.ask(self._terms())
             except (StageError, TargetError) as error:
-                if worker.cut_off and time.monotonic() < give_up:
-                    time.sleep(RETRY_S)
-                    continue
-                raise TargetError(str(error)) from error
-            except BaseException:
                 worker.close()
-                raise
-            self._reached = True
-            return worker
+                if not worker.cut_off or time.monotonic() >= give_up:
+                    raise TargetError(str(error)) from error
+                time.sleep(RETRY_S)
+            else:
+                self._reached = True
+                return worker
 
     def _terms(self) -> Mapping[str, Any]:
         return {
