@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autocompress.build import Builder, Stopwatch
 from autocompress.compress.width import cut_widths
+from autocompress.config import load_profile
 from autocompress.core.artifact import Artifact, sha256_of
 from autocompress.core.candidate import Candidate, LayerChoice, Recipe, Sparsity, parse_precision
 from autocompress.core.errors import StageError, TargetError, TaskError
@@ -20,6 +21,7 @@ from autocompress.task import CheckedTask
 from tests import nets, tiny
 
 LAYERS = ("conv", "up", "fc")
+PROFILE = replace(load_profile("cpu-onnxruntime"), integer_weight_bits=7)
 
 
 def all_layers(precision: str, **more: Any) -> dict[str, LayerChoice]:
@@ -49,7 +51,7 @@ def task() -> CheckedTask:
 
 @pytest.fixture(scope="module")
 def builder(task: CheckedTask, tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    return Builder(task, folder(tmp_path_factory.mktemp("build")))
+    return Builder(task, folder(tmp_path_factory.mktemp("build")), PROFILE)
 
 
 def build(builder: Builder, candidate: Candidate) -> tuple[Artifact, dict[str, float]]:
@@ -135,7 +137,7 @@ def test_recovered_weights_are_found_on_disk_by_who_builds_in_the_same_run(build
     assert "recover" in seconds
     run = Path(first.path).parent.parent
     assert (run / "weights" / f"{candidate.weights_key}.safetensors").exists()
-    other = Builder(task, run)
+    other = Builder(task, run, PROFILE)
     second, seconds = build(other, candidate)
     assert "recover" not in seconds
     assert second.sha256 == first.sha256
@@ -174,7 +176,7 @@ def test_choices_for_a_layer_that_is_not_there_are_passed_over(builder: Builder)
 
 def test_a_topology_whose_sizes_are_baked_into_the_graph_is_exported_again(tmp_path: Path) -> None:
     task = tiny.task(nets.Baked)
-    builder = Builder(task, folder(tmp_path))
+    builder = Builder(task, folder(tmp_path), PROFILE)
     (group,) = builder.structure.groups
     artifact, _ = build(builder, Candidate(widths={group.name: 8}))
     cut = cut_widths(task.model, builder._groups, {group.name: 8})
@@ -187,7 +189,7 @@ def test_a_topology_whose_sizes_are_baked_into_the_graph_is_exported_again(tmp_p
 
 def test_a_model_of_one_batch_size_is_built_calibrated_and_checked_in_ones(tmp_path: Path) -> None:
     task = tiny.task(nets.OneByOne, nets.rows)
-    artifact, _ = build(Builder(task, folder(tmp_path)), Candidate(layers={"fc": parse_precision("w7a8")}))
+    artifact, _ = build(Builder(task, folder(tmp_path), PROFILE), Candidate(layers={"fc": parse_precision("w7a8")}))
     assert not artifact.dynamic_batch
     assert artifact.inputs[0].shape == (1, 12)
     assert sqnr_db(torch_outputs(task.model, task, 1), outputs(artifact, task, 1)) > 20
@@ -206,12 +208,12 @@ class Noisy(nn.Module):
 
 def test_a_model_that_the_exported_graph_does_not_equal_is_a_fault_of_the_task(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"outputs differ by .* of their largest value, at most 0\.001 is accepted"):
-        Builder(tiny.task(Noisy, nets.rows), folder(tmp_path))
+        Builder(tiny.task(Noisy, nets.rows), folder(tmp_path), PROFILE)
 
 
 def test_the_vendors_file_is_that_of_the_original(builder: Builder, task: CheckedTask) -> None:
     watch = Stopwatch()
-    artifact = builder.vendor_int8(watch, reduce_range=True)
+    artifact = builder.vendor_int8(watch)
     assert Path(artifact.path).name == "uniform-int8.onnx"
     assert sqnr_db(torch_outputs(task.model, task), outputs(artifact, task)) > 15
     assert watch.seconds["export"] > 0

@@ -27,12 +27,12 @@ import numpy as np
 
 from autocompress.core.artifact import Artifact, sha256_of
 from autocompress.core.errors import AutocompressError, StageError, TargetError
-from autocompress.core.measurement import MeasurePlan
+from autocompress.core.measurement import Fingerprint, MeasurePlan
 from autocompress.core.record import from_json, to_json
 from autocompress.device import files, meters
 from autocompress.device.fingerprint import fingerprint, usable_cores
 from autocompress.device.lock import measuring_lock
-from autocompress.device.runtime import Array, Options, Runtime, Session, get_runtime
+from autocompress.device.runtime import Array, Options, Runtime, Session, TellsFacts, get_runtime
 from autocompress.device.timing import CLOCKS, clock_name, interleave
 
 KEPT_SESSIONS = 4
@@ -64,7 +64,7 @@ class Worker:
                 return files.JOBS[job["job"]](job)
         runtime = self._runtime(job["runtime"])
         if job["job"] == "fingerprint":
-            return self._fingerprint(job["runtime"])
+            return self._fingerprint(job["runtime"], job["options"])
         with self._stage("load"):
             inputs = Inputs(Path(job["inputs"]))
         options: Options = job["options"]
@@ -94,7 +94,7 @@ class Worker:
                 _check_finite(call(), "measure", Path(artifact.path).name)
             clock = clock_name(plan)
             blocks = interleave(calls, plan, CLOCKS[clock])
-        return {"clock": clock, "blocks": blocks, "fingerprint": self._fingerprint(runtime)}
+        return {"clock": clock, "blocks": blocks, "fingerprint": self._fingerprint(runtime, options)}
 
     def _outputs(
         self, runtime: Runtime, artifact: Artifact, inputs: "Inputs", out: Path, options: Options
@@ -195,9 +195,11 @@ class Worker:
         with self._stage("load"):
             return runtime.load(Path(artifact.path), {**options, **artifact.options})
 
-    def _fingerprint(self, runtime: str) -> Any:
-        version = self._runtime(runtime).available().version
-        return to_json(fingerprint(runtime, version or "unknown"))
+    def _fingerprint(self, name: str, options: Options) -> Any:
+        runtime = self._runtime(name)
+        found = fingerprint(name, runtime.available().version or "unknown")
+        device = runtime.facts(options) if isinstance(runtime, TellsFacts) else {}
+        return to_json(Fingerprint(facts={**found.facts, **device}))
 
     @contextlib.contextmanager
     def _stage(self, stage: str) -> Iterator[None]:

@@ -63,14 +63,19 @@ def only_consumer(value: ir.Value | None) -> ir.Node | None:
 
 
 def tidy(model: ir.Model) -> ir.Model:
-    """Drop what nothing reads, sort, and forget names and shapes of the tracing."""
+    """Drop what nothing reads, and shapes. What inserts nodes keeps their order: it is not sorted again."""
     RemoveUnusedNodesPass()(model)
-    TopologicalSortPass()(model)
-    ClearMetadataAndDocStringPass()(model)
     computed = (value for node in model.graph for value in node.outputs if not value.is_graph_output())
     for value in (*model.graph.initializers.values(), *computed):
         value.shape = value.type = None  # known from the constant, or inferred; in the file it is dead weight
     return model
+
+
+def forget_tracing(model: ir.Model) -> ir.Model:
+    """Sort the nodes, and drop what tracing noted at them."""
+    TopologicalSortPass()(model)
+    ClearMetadataAndDocStringPass()(model)
+    return tidy(model)
 
 
 def to_bytes(model: ir.Model) -> bytes:

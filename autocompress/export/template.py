@@ -22,7 +22,7 @@ from onnxscript.optimizer import fold_constants
 from torch import nn
 
 from autocompress.core.errors import TaskError
-from autocompress.export.graph import IR_VERSION, OPSET, array_of, constant, only_consumer, remove, tidy
+from autocompress.export.graph import IR_VERSION, OPSET, array_of, constant, forget_tracing, only_consumer, remove, tidy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def export_template(
     _drop_zero_biases(graph)
     _free_flattened_sizes(graph)
     exported.ir_version = IR_VERSION
-    tidy(exported)
+    forget_tracing(exported)
     nodes, unmapped = _find_layers(graph, layers)
     return Template(graph=exported, weights=tuple(weights), nodes=nodes, unmapped=unmapped, dynamic_batch=dynamic)
 

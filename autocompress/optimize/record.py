@@ -52,10 +52,10 @@ def storage_errors(url: str) -> Iterator[None]:
 
 
 class FastStorage(RDBStorage):
-    """Optuna's database storage, writing a trial's parameters in one statement.
+    """Optuna's database storage, writing a trial's parameters in one statement, and its attributes in another.
 
-    The original asks the database twice for each parameter whether the trial may still be written and whether
-    earlier trials knew the same choices: 0.16 s for a trial of 125 parameters, against 0.02 s. Here a trial is
+    The original asks the database for each of them whether the trial may still be written and whether it is there
+    already, or earlier trials knew the same choices: 0.16 s for a trial of 125 parameters, against 0.02 s. Here a trial is
     written once and the study says which choices it was made for. Where Optuna renames what is replaced here, the
     original comes back, and is only slower.
     """
@@ -77,6 +77,17 @@ class FastStorage(RDBStorage):
                 distribution_json=distribution_to_json(distribution),
             )
         )
+
+
+    def _set_trial_attr_without_commit(
+        self,
+        session: Session,
+        model_cls: type[models.TrialUserAttributeModel | models.TrialSystemAttributeModel],
+        trial_id: int,
+        key: str,
+        value: Any,
+    ) -> None:
+        session.add(model_cls(trial_id=trial_id, key=key, value_json=json.dumps(value)))
 
 
 def open_storage(url: str) -> RDBStorage:

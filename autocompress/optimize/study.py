@@ -8,6 +8,7 @@ process leaves nothing behind that looks as if it were still running.
 import itertools
 import math
 import random
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from autocompress.optimize.nsga2 import POPULATION, Nsga2, generation_key
 from autocompress.optimize.record import close_storage, decode, encode, open_storage, storage_errors
 
 SAMPLE_ATTEMPTS = 16
+SYNC_S = 0.5  # what other workers finished since so long ago is known before asking
 NEIGHBOUR_ATTEMPTS = 96
 ENUMERATE_UP_TO = 4096
 SAMPLERS: Mapping[str, Callable[[int, int], Nsga2]] = {
@@ -87,6 +89,7 @@ class Study:
         self._trials: dict[int, Trial] = {}
         self._numbers: dict[str, int] = {}
         self._queue: deque[dict[str, Choice]] = deque()
+        self._synced = -math.inf
         self._asked: dict[str, int] = {}
         self._seen: set[str] = set()
         self._sync()
@@ -119,7 +122,8 @@ class Study:
 
         First what was enqueued, then the sampler's proposals, then random neighbours of the front.
         """
-        self._sync()
+        if time.monotonic() - self._synced > SYNC_S:
+            self._sync()
         while self._queue:
             values = self._queue.popleft()
             if self._digest(values) not in self._seen:
@@ -184,6 +188,7 @@ class Study:
 
     def _sync(self) -> None:
         """Take over what was finished since, here or elsewhere."""
+        self._synced = time.monotonic()
         with storage_errors(self._url):
             written = self._record.get_trials(deepcopy=False)
         for frozen in written:
