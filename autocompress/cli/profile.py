@@ -1,17 +1,9 @@
 """`autocompress profile`: the shipped profiles, and one for this machine."""
 
 import argparse
-import re
-from typing import TYPE_CHECKING
 
 from autocompress.cli import arguments
 from autocompress.core.errors import InputError
-
-if TYPE_CHECKING:
-    from autocompress.core.measurement import Fingerprint
-
-BASE = "cpu-onnxruntime"
-DOT_PRODUCT_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,6 +20,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         action.set_defaults(run=run)
         if name == "show":
             action.add_argument("name", metavar="NAME", help="name of a profile, or a YAML file")
+        if name == "detect":
+            action.add_argument(
+                "--base", metavar="NAME", help="start from this shipped profile: another runtime or device"
+            )
         if name == "probe":
             action.add_argument("--target", required=True, metavar="NAME")
             action.add_argument("--task", required=True, metavar="TASK")
@@ -61,46 +57,28 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_detect(args: argparse.Namespace) -> int:
-    """Print the shipped profile with this machine's name and facts in it."""
+    """Print the shipped profile that fits, with this machine's name and facts in it; say which others there are."""
+    from autocompress.core.errors import unknown
     from autocompress.core.record import to_json
-    from autocompress.device.fingerprint import fingerprint
-    from autocompress.device.runtime import get_runtime
+    from autocompress.detect import detect
 
-    runtime = get_runtime("onnxruntime").available()
-    found = fingerprint("onnxruntime", runtime.version or "not installed")
+    found = detect()
     if args.json:
-        arguments.print_json({"schema": 1, "fingerprint": to_json(found), "profile": detected(found)})
-    else:
-        print(detected(found), end="")
+        profiles = {d.name: {"runtime": d.runtime, "base": d.base, "profile": d.text} for d in found}
+        machine = to_json(found[0].fingerprint)
+        arguments.print_json({"schema": 1, "fingerprint": machine, "profile": found[0].text, "profiles": profiles})
+        return 0
+    bases = [d.base for d in found]
+    if args.base not in (None, *bases):
+        raise InputError(unknown("profile that fits this machine", args.base, bases))
+    chosen = found[0] if args.base is None else found[bases.index(args.base)]
+    print(chosen.text, end="")
+    for other in found:
+        if args.base is None and other is not chosen:
+            arguments.note(f"{other.runtime} is usable too: autocompress profile detect --base {other.base}")
     return 0
 
 
 def run_probe(_: argparse.Namespace) -> int:
     """Not in this version."""
     raise InputError("`profile probe` is not in this version: `profile show` says what was measured for each profile")
-
-
-def detected(machine: "Fingerprint") -> str:
-    """YAML of a profile for this machine: the shipped one, renamed, under what the machine says of itself."""
-    from autocompress.config import profile_file
-
-    facts = machine.facts
-    model = facts.get("cpu_model", "cpu")
-    name = re.sub(r"[^a-z0-9]+", "-", f"{model}-onnxruntime".lower()).strip("-")
-    fast = [flag for flag in DOT_PRODUCT_FLAGS if flag in facts.get("flags", "").split()]
-    if fast:
-        note = f"8-bit dot products in hardware ({', '.join(fast)}): w8a8 runs faster than float here."
-    else:
-        note = (
-            "No 8-bit dot products in hardware were found: w8a8 gains less here. Without them 8-bit weights overflow\n"
-            "# on x86, where a search takes 7 bits; it measures what that is worth, nothing needs to be changed here."
-        )
-    lines = [f"# {key}: {' '.join(value.split())}" for key, value in facts.items()]
-    text = profile_file(BASE).read_text(encoding="utf-8")
-    body = text[text.index("\nname:") + 1 :]
-    body = re.sub(r"^name: .*$", f"name: {name}", body, count=1, flags=re.M)
-    shown = model.replace('"', "'")
-    body = re.sub(
-        r"^description: .*$", lambda _: f'description: "ONNX Runtime on {shown}, one thread"', body, count=1, flags=re.M
-    )
-    return "\n".join(["# Detected on this machine:", *lines, "#", f"# {note}", body])

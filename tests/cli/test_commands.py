@@ -8,9 +8,7 @@ import pytest
 
 from autocompress.cli import main
 from autocompress.cli.doctor import examine
-from autocompress.cli.profile import detected
 from autocompress.config import load_profile
-from autocompress.core.measurement import Fingerprint
 from autocompress.run import Run
 from tests import made
 
@@ -140,19 +138,20 @@ def test_profiles_are_listed_and_shown(capsys: Capture) -> None:
 
 
 def test_a_detected_profile_loads_and_says_what_the_machine_has(capsys: Capture, tmp_path: Path) -> None:
-    assert main(["profile", "detect"]) == 0
+    assert main(["profile", "detect", "--base", "cpu-onnxruntime"]) == 0
     path = tmp_path / "mine.yaml"
     path.write_text(capsys.readouterr().out)
     assert load_profile(str(path)).precisions == load_profile("cpu-onnxruntime").precisions
     assert "# cpu_model: " in path.read_text()
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"), [("avx2 avx512_vnni", "w8a8 runs faster than float here"), ("avx2", "w8a8 gains less here")]
-)
-def test_a_detected_profile_tells_what_8_bits_gain(tmp_path: Path, flags: str, said: str) -> None:
-    machine = Fingerprint(facts={"cpu_model": 'Odd "CPU": #1 \\ two', "flags": flags})
-    path = tmp_path / "mine.yaml"
-    path.write_text(detected(machine))
-    assert said in path.read_text()
-    assert load_profile(str(path)).name == "odd-cpu-1-two-onnxruntime"
+def test_every_profile_that_is_detected_is_in_the_json(capsys: Capture) -> None:
+    found = result(capsys, "profile", "detect")
+    assert {p["base"] for p in found["profiles"].values()} >= {"cpu-onnxruntime"}
+    assert found["fingerprint"]["facts"]["cpu_model"]
+    assert found["profile"] in [p["profile"] for p in found["profiles"].values()]
+
+
+def test_a_base_that_does_not_fit_this_machine_is_refused(capsys: Capture) -> None:
+    assert main(["profile", "detect", "--base", "cpu-onnxruntim"]) == 2
+    assert "profile that fits this machine" in capsys.readouterr().err
