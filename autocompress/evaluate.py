@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autocompress.build import Builder, Stopwatch
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
-from autocompress.core.errors import StageError
+from autocompress.core.errors import StageError, TargetError
 from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.profile import Profile
 from autocompress.core.space import Space, SpaceRules, Structure
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autocompress.task import CheckedTask
 
 NOT_IN_SEARCH = "measured for the finished front only"
+SATURATING = ("onnxruntime", "openvino")  # their x86 kernels without VNNI add products in saturating 16 bits
 
 
 class Evaluator:
@@ -35,19 +36,15 @@ class Evaluator:
     """
 
     def __init__(self, task: "CheckedTask", run: "Run", profile: Profile, rules: SpaceRules, host: Host) -> None:
-        from autocompress.export.qdq import integer_weight_bits
-
         self._task = task
         self._run = run
         self._host = host
-        facts = host.fingerprint().facts
-        profile = dataclasses.replace(
-            profile, integer_weight_bits=min(profile.integer_weight_bits, integer_weight_bits(facts))
-        )
+        profile, lacking = fitted(profile, host.fingerprint().facts)
         self._profile = profile
         self._builder = Builder(task, run.path, profile)
         self.structure: Structure = self._builder.structure
-        self.space: Space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
+        space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
+        self.space: Space = dataclasses.replace(space, dropped={**lacking, **space.dropped})
         self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
         self._with_energy = "energy" in run.config.objectives
         self._items = len(task.split("validation"))
@@ -301,6 +298,21 @@ class Evaluator:
             self._latency.setdefault(
                 _latency_key(trial.candidate, trial.role), _Latency.of(trial.measurement, score.executed)
             )
+
+
+def fitted(profile: Profile, facts: Mapping[str, str]) -> tuple[Profile, dict[str, str]]:
+    """The profile without what the device, by its fingerprint's facts, cannot do; what that is, and why."""
+    from autocompress.export.qdq import integer_weight_bits
+
+    has = facts.get("float_precisions", " ".join(profile.float_precisions)).split()
+    lacking: dict[str, str] = {p: "the device has no such arithmetic" for p in profile.float_precisions if p not in has}
+    bits = profile.integer_weight_bits
+    if profile.runtime in SATURATING:
+        bits = min(bits, integer_weight_bits(facts))
+    kept = tuple(p for p in profile.float_precisions if p in has)
+    if not kept:
+        raise TargetError(f"the device computes in {', '.join(has)}, profile {profile.name} in {', '.join(lacking)}")
+    return dataclasses.replace(profile, integer_weight_bits=bits, float_precisions=kept), lacking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WIDTH_RATIOS = (1.0, 0.75, 0.5, 0.25)
 FINAL_POINTS = 16
+UNIFORM_FLOATS: Mapping[str, Role] = {"fp16": "uniform-fp16", "bf16": "uniform-bf16"}
 # Time in these stages goes through the model: on data (training, calibrating, scoring) or timed. The rest is overhead.
 WORK = ("settle", "recover", "calibrate", "score", "interval", "measure", "finalise")
 
@@ -96,7 +97,9 @@ class Session:
         self._front = frozenset(t.number for t in points(study.trials(), run.config.objectives))
 
     def baselines(self) -> None:
-        """See that the record has fp32 and the runtime's uniform INT8, whatever the budget.
+        """See that the record has fp32, fp16 and bf16 where the device has them, and the runtime's uniform INT8.
+
+        They are made whatever the budget.
 
         Raises:
             TargetError: fp32 could not be scored, or an objective cannot be measured here.
@@ -105,7 +108,7 @@ class Session:
         fp32 = next((t.outcome for t in known if t.role == "fp32" and t.score is not None), None)
         if fp32 is None:
             self._progress.stage("fp32 baseline")
-            fp32 = self._evaluate(space.uniform("fp32"), Candidate(), "fp32").outcome
+            fp32 = self._evaluate(space.uniform_float("fp32"), Candidate(), "fp32").outcome
         if isinstance(fp32, Failure):
             raise TargetError(f"the fp32 baseline failed in stage {fp32.stage!r}: {fp32.message}")
         for objective in parse_objectives(self._run.config.objectives):
@@ -114,6 +117,12 @@ class Session:
                     (text for name, text in fp32.reasons.items() if objective.name in name), "no reason given"
                 )
                 raise TargetError(f"objective {objective.name!r} cannot be measured here: {reason}")
+        for precision in space.float_precisions:
+            role = UNIFORM_FLOATS.get(precision)
+            if role is not None and not any(t.role == role for t in known):
+                self._progress.stage(f"uniform {precision}")
+                values = space.uniform_float(precision)
+                self._evaluate(values, space.decode(values), role)
         if not any(t.role == "uniform-int8" for t in known):
             self._progress.stage("uniform INT8 by the runtime's own tool")
             uniform = space.uniform("w8a8")

@@ -170,7 +170,7 @@ class SpaceRules:
             widths=widths,
             students=self.students if has_student else (),
             calibrators=self.calibrators,
-            float_precisions=tuple(p for p in profile.float_precisions if p in self.float_precisions) or ("fp32",),
+            float_precisions=tuple(p for p in profile.float_precisions if p in (*self.float_precisions, "fp32")),
             dropped=dropped,
             executable={p: profile.executable(p) for rule in self.layers for p in rule.precisions or ()},
         )
@@ -268,6 +268,11 @@ class Space:
             else:
                 values[name] = choices[0]
         return values
+
+    def uniform_float(self, precision: FloatPrecision) -> dict[str, Choice]:
+        """Values for the original in one float precision."""
+        values = self.uniform("fp32")
+        return values | ({"float": precision} if "float" in values else {})
 
     def _float_precision(self, values: Values) -> FloatPrecision:
         found = str(values.get("float", self.float_precisions[0]))
