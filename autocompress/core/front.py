@@ -179,6 +179,7 @@ def point_json(trial: Trial, front: Front) -> dict[str, Any]:
         "peak_memory_bytes": score.peak_memory_bytes,
         "energy_mj": score.energy_mj,
         "front_probability": front.probability.get(trial.number),
+        "executed_differs": trial.executed_differs,
         "candidate": trial.candidate,
         "artifact": {
             "path": trial.artifact.path,
@@ -187,7 +188,8 @@ def point_json(trial: Trial, front: Front) -> dict[str, Any]:
         },
     }
     reasons = {f"{name}_reason".replace("energy_mj", "energy"): text for name, text in score.reasons.items()}
-    reasons.pop("executed_reason", None)
+    if "executed_reason" in reasons:
+        reasons["executed_differs_reason"] = reasons.pop("executed_reason")
     return dict(to_json(point | reasons))
 
 

@@ -12,6 +12,7 @@ from autocompress.core.measurement import Interval, Measurement
 SCHEMA = 1
 Role = Literal["candidate", "fp32", "uniform-fp16", "uniform-bf16", "uniform-int8"]
 BASELINES: tuple[Role, ...] = ("fp32", "uniform-fp16", "uniform-bf16", "uniform-int8")
+_INTEGER = ("int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,3 +84,17 @@ class Trial:
     def score(self) -> Score | None:
         """The score, None for a failure."""
         return self.outcome if isinstance(self.outcome, Score) else None
+
+    @property
+    def executed_differs(self) -> dict[str, str] | None:
+        """Layers that did not run as was asked, as name → what ran; None where that was not read back.
+
+        Of the vendor's own file nothing was asked.
+        """
+        if self.score is None or self.score.executed is None:
+            return None
+        if self.role == "uniform-int8":
+            return {}
+        integer = {name for name, choice in self.candidate.layers.items() if choice.kernel == "int8"}
+        asked = {True: _INTEGER, False: (self.candidate.float_precision,)}
+        return {name: ran for name, ran in self.score.executed.items() if ran not in asked[name in integer]}

@@ -5,18 +5,18 @@ from typing import Any
 
 from autocompress.core.front import Front, point_json
 from autocompress.core.measurement import Fingerprint
-from autocompress.core.trial import Failure, Trial
+from autocompress.core.trial import BASELINES, Failure, Trial
 from autocompress.run import Run
 
 SCHEMA = 1
-ROLES = ("fp32", "uniform-int8")
+ALWAYS = ("fp32", "uniform-int8")
 
 
 def front_json(run: Run, front: Front, trials: Sequence[Trial]) -> dict[str, Any]:
     """`front --json`: a baseline that has no score is null, with its reason beside it."""
     machine = fingerprint_of([*front.points, *front.baselines.values(), *trials])
     baselines: dict[str, Any] = {}
-    for role in ROLES:
+    for role in roles_of(trials):
         if role in front.baselines:
             baselines[role] = point_json(front.baselines[role], front)
         else:
@@ -34,6 +34,12 @@ def front_json(run: Run, front: Front, trials: Sequence[Trial]) -> dict[str, Any
         "baselines": baselines,
         "points": [point_json(trial, front) for trial in front.points],
     }
+
+
+def roles_of(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """Baselines that a run has or should have: those of half precision only where they were tried."""
+    tried = {trial.role for trial in trials}
+    return tuple(role for role in BASELINES if role in ALWAYS or role in tried)
 
 
 def fingerprint_of(trials: Sequence[Trial]) -> Fingerprint | None:

@@ -10,7 +10,7 @@ from autocompress.core.front import Front
 from autocompress.core.measurement import Fingerprint
 from autocompress.core.trial import Failure, Trial
 from autocompress.report import text
-from autocompress.report.document import ROLES, fingerprint_of, missing_baseline
+from autocompress.report.document import fingerprint_of, missing_baseline, roles_of
 from autocompress.run import Run
 
 
@@ -52,7 +52,7 @@ def facts_of(run: Run, front: Front, trials: Sequence[Trial]) -> Facts:
         fingerprint=fingerprint_of([*front.points, *trials]),
         left_alone=_last(log, "left_alone"),
         dropped=_last(log, "dropped"),
-        executed={t.number: wrong for t in front.points if (wrong := text.disagreements(t))},
+        executed={t.number: wrong for t in front.points if (wrong := t.executed_differs)},
     )
 
 
@@ -73,7 +73,7 @@ def read_log(run: Run) -> list[dict[str, Any]]:
 def footer(facts: Facts, front: Front, trials: Sequence[Trial]) -> list[str]:
     """The sentences under the table."""
     lines = [text.verdict(front)]
-    for role in ROLES:
+    for role in roles_of(trials):
         if role not in front.baselines:
             lines.append(f"The baseline {role} has no figures: {missing_baseline(role, trials)}.")
     failed = sum(count for count, _ in facts.failures.values())

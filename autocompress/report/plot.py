@@ -9,7 +9,13 @@ from autocompress.core.front import Front
 from autocompress.core.trial import Trial
 from autocompress.report import text
 
-COLOURS = {"fp32": "#888888", "uniform-int8": "#d95f02", "candidate": "#1b6ca8"}
+COLOURS = {
+    "fp32": "#888888",
+    "uniform-fp16": "#7570b3",
+    "uniform-bf16": "#66a61e",
+    "uniform-int8": "#d95f02",
+    "candidate": "#1b6ca8",
+}
 
 
 def write_plot(front: Front, title: str, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Figures as people read them: never more digits than the interval carries, and "faster" only where intervals part."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -86,25 +85,13 @@ def verdict(front: Front, max_drop: float = 1.0) -> str:
     )
 
 
-def disagreements(trial: Trial) -> dict[str, str]:
-    """Layers chosen to run in integers that did not, as name → what ran; empty when nothing was read back."""
-    score = trial.score
-    if score is None or score.executed is None or trial.role != "candidate":
-        return {}
-    wrong = {}
-    for layer, choice in trial.candidate.layers.items():
-        own = re.compile(re.escape(layer) + r"(?![A-Za-z0-9])")
-        ran = {precision for node, precision in score.executed.items() if own.match(node)}
-        if choice.kernel == "int8" and ran and "int8" not in ran:
-            wrong[layer] = ", ".join(sorted(ran))
-    return wrong
-
-
 def described(trial: Trial) -> str:
-    """What was chosen, in a few words: how many layers at which precision, and the widths."""
+    """What was chosen, in a few words: how many layers at which precision, and the widths; and what ran otherwise."""
     candidate = trial.candidate
+    otherwise = len(trial.executed_differs or ())
+    remark = f" ({otherwise} layer{'s' * (otherwise > 1)} ran otherwise)" if otherwise else ""
     if trial.role != "candidate":
-        return trial.role
+        return trial.role + remark
     counts: dict[str, int] = {}
     for choice in candidate.layers.values():
         name = choice.precision + (f" sparse {choice.sparsity.ratio:g}" if choice.sparsity else "")
@@ -116,7 +103,9 @@ def described(trial: Trial) -> str:
         parts.append(f"{len(candidate.widths)} group{'s' * (len(candidate.widths) > 1)} narrower")
     if candidate.recipe.recover_steps:
         parts.append(f"{candidate.recipe.recover_steps} recovery steps")
-    return ", ".join(parts) or "as it was"
+    if candidate.float_precision != "fp32":
+        parts.append(f"the rest {candidate.float_precision}")
+    return (", ".join(parts) or "as it was") + remark
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

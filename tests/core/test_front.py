@@ -257,6 +257,6 @@ def test_a_point_in_json_has_every_figure_or_its_reason() -> None:
     assert point["artifact"] == {"path": "artifacts/1.onnx", "format": "onnx", "sha256": "1"}
     assert point["front_probability"] == made.probability[1]
     missing = {name for name, value in point.items() if value is None}
-    assert missing == {"accuracy_ci", "test_accuracy", "peak_memory_bytes", "energy_mj"}
+    assert missing == {"accuracy_ci", "test_accuracy", "peak_memory_bytes", "energy_mj", "executed_differs"}
     reasons = {name for name in point if name.endswith("_reason")}
     assert reasons == {f"{n}_reason".replace("energy_mj", "energy") for n in missing}

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autocompress.core.artifact import Artifact, TensorSpec, sha256_of
-from autocompress.core.candidate import Candidate
+from autocompress.core.candidate import Candidate, FloatPrecision, parse_precision
 from autocompress.core.errors import InputError
-from autocompress.core.trial import Failure, Score, Trial
+from autocompress.core.trial import Failure, Role, Score, Trial
+from tests import made
 from tests.core.strategies import ARTIFACTS, MEASURED, scores
 
 
@@ -26,6 +27,35 @@ def test_a_trial_has_a_score_or_a_failure_never_both(score: Score) -> None:
     failed = replace(scored, outcome=Failure(stage="load", error="E", message="m"))
     assert scored.score is score
     assert failed.score is None
+
+
+EXECUTED = {"a": "int8", "b": "fp32", "c": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("role", "precisions", "rest", "differs"),
+    [
+        ("candidate", {"a": "w8a8"}, "fp32", {"c": "bf16"}),
+        ("candidate", {"a": "w4a8", "b": "w8a8"}, "bf16", {"b": "fp32"}),
+        ("candidate", {"a": "w8a32"}, "bf16", {"a": "int8", "b": "fp32"}),
+        ("uniform-bf16", {}, "bf16", {"a": "int8", "b": "fp32"}),
+        ("uniform-int8", {}, "fp32", {}),
+    ],
+)
+def test_a_layer_that_ran_otherwise_than_asked_is_told(
+    role: Role, precisions: dict[str, str], rest: FloatPrecision, differs: dict[str, str]
+) -> None:
+    layers = {name: parse_precision(text) for name, text in precisions.items()}
+    outcome = made.score(0.9, 0.5, executed=EXECUTED)
+    candidate = Candidate(layers=layers, float_precision=rest)
+    assert Trial(number=0, role=role, candidate=candidate, outcome=outcome).executed_differs == differs
+
+
+def test_where_nothing_is_read_back_nothing_is_said_of_it() -> None:
+    outcome = replace(
+        made.score(0.9, 0.5), executed=None, reasons=made.REASONS | {"executed": "the runtime does not tell"}
+    )
+    assert Trial(number=0, role="candidate", candidate=Candidate(), outcome=outcome).executed_differs is None
 
 
 @given(ARTIFACTS)

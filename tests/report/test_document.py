@@ -1,14 +1,17 @@
 """`front --json` has the schema that others script against."""
 
+import dataclasses
 from pathlib import Path
 
+from autocompress.core.front import Front
 from autocompress.core.trial import Failure
 from autocompress.report.document import front_json
 from tests import made
 
 KEYS = {
     "trial", "accuracy", "accuracy_ci", "test_accuracy", "latency_ms", "latency_ms_ci", "speedup_vs_fp32",
-    "size_bytes", "peak_memory_bytes", "energy_mj", "front_probability", "candidate", "artifact",
+    "size_bytes", "peak_memory_bytes", "energy_mj", "front_probability", "executed_differs",
+    "candidate", "artifact",
 }  # fmt: skip
 
 
@@ -49,3 +52,26 @@ def test_a_run_without_trials_has_no_fingerprint_and_says_why(tmp_path: Path) ->
     assert found["fingerprint"] is None
     assert found["fingerprint_reason"] == "nothing was measured yet"
     assert found["points"] == []
+
+
+def test_half_precision_is_a_baseline_where_it_was_tried(tmp_path: Path) -> None:
+    half = made.trial(5, made.score(0.95, 0.7), "uniform-bf16")
+    failed = made.trial(6, Failure(stage="load", error="E", message="no fp16 here"), "uniform-fp16")
+    trials = [*made.trials(), half, failed]
+    run = made.run(tmp_path / "run", trials)
+    found = front_json(run, run.front(), trials)["baselines"]
+    assert list(found) == ["fp32", "uniform-fp16", "uniform-fp16_reason", "uniform-bf16", "uniform-int8"]
+    assert found["uniform-bf16"]["trial"] == 5
+    assert found["uniform-fp16_reason"] == "trial 6 failed in load: no fp16 here"
+
+
+def test_what_ran_otherwise_is_told_or_why_not(tmp_path: Path) -> None:
+    run = made.run(tmp_path / "run")
+    points = {p["trial"]: p for p in front_json(run, run.front(), made.trials())["points"]}
+    assert points[3]["executed_differs"] == {"conv": "fp32"}
+    assert points[2]["executed_differs"] == {}
+    found = made.trials()
+    unread = dataclasses.replace(made.score(0.9, 0.1), executed=None, reasons=made.REASONS | {"executed": "not told"})
+    found.append(dataclasses.replace(found[2], number=7, outcome=unread))
+    point = front_json(run, Front.of(found), found)["points"][0]
+    assert (point["executed_differs"], point["executed_differs_reason"]) == (None, "not told")

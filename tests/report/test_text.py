@@ -1,5 +1,7 @@
 """Words about figures say no more than the intervals do."""
 
+import dataclasses
+
 import pytest
 
 from autocompress.core.front import Front
@@ -56,19 +58,14 @@ def test_the_verdict_names_a_missing_baseline() -> None:
     assert said == "Nothing is said about speed against uniform-int8: this run has no uniform-int8 baseline."
 
 
-def test_a_layer_that_did_not_run_in_integers_is_told() -> None:
-    assert text.disagreements(made.trials()[3]) == {"conv": "fp32"}
-    assert text.disagreements(made.trials()[2]) == {}
+def test_layers_that_ran_otherwise_are_counted_beside_what_was_chosen() -> None:
+    assert text.described(made.trials()[3]) == "1 × w8a8 (1 layer ran otherwise)"
+    assert text.described(made.trials()[2]) == "1 × w8a8"
 
 
-def test_a_layer_is_not_taken_for_one_whose_name_begins_alike() -> None:
-    found = made.trial(5, made.score(0.9, 0.5, executed={"conv1": "fp32", "conv.quant": "int8"}))
-    assert text.disagreements(found) == {}
-
-
-def test_weight_only_layers_are_not_expected_in_integers() -> None:
-    found = made.trial(5, made.score(0.9, 0.5, executed={"conv": "fp32"}), precision="w4a32")
-    assert text.disagreements(found) == {}
+def test_half_precision_is_told() -> None:
+    half = dataclasses.replace(made.trials()[2].candidate, float_precision="bf16")
+    assert text.described(dataclasses.replace(made.trials()[2], candidate=half)) == "1 × w8a8, the rest bf16"
 
 
 @pytest.mark.parametrize(
