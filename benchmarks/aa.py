@@ -35,7 +35,7 @@ from autocompress.core.artifact import Artifact
 from autocompress.core.measurement import Measurement, MeasurePlan, separated
 from autocompress.core.profile import Profile
 from autocompress.device.fingerprint import usable_cores
-from autocompress.device.hosts import LocalHost
+from autocompress.device.local import LocalHost
 from tests.models import artifact_of, write_convs, write_inputs
 
 LAYERS, MORE = 33, 34  # 3.03 % more equal layers

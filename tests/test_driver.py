@@ -371,7 +371,7 @@ def test_a_run_resumes_under_its_own_terms_only(run: Run) -> None:
         ({"fidelity": "full"}, InputError, "`fidelity` must be 'oneshot' or 'recover', got 'full'"),
         ({"fidelity": "recover"}, InputError, "'recover' needs at least 1, 'oneshot' takes none"),
         ({"recover_steps": 5}, InputError, "fidelity 'oneshot' does not go with 5 recover steps"),
-        ({"on": "ssh:pi@there"}, TargetError, "`on` = 'ssh:pi@there' is not usable: this version measures on 'local'"),
+        ({"on": "ssh:there"}, InputError, "a host is 'local', 'ssh:user"),
         ({"objectives": ("latency",)}, InputError, "objectives are accuracy,latency and optionally others"),
     ],
 )

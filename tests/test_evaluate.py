@@ -13,7 +13,7 @@ from autocompress.core.errors import StageError
 from autocompress.core.front import Front, Limits
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.trial import Failure, Trial
-from autocompress.device.hosts import LocalHost
+from autocompress.device.local import LocalHost
 from autocompress.evaluate import NOT_IN_SEARCH, Evaluator
 from autocompress.optimize.study import Study
 from autocompress.run import Run

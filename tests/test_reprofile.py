@@ -13,7 +13,7 @@ from autocompress.core.errors import InputError, RunError, StageError, TargetErr
 from autocompress.core.front import Limits
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.record import dump, load
-from autocompress.device.hosts import LocalHost
+from autocompress.device.local import LocalHost
 from autocompress.package import write_package
 from autocompress.remeasure import measure_usable
 from autocompress.report.changes import print_changes

@@ -23,7 +23,7 @@ from autocompress.core.errors import StageError, TargetError
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.profile import Profile
 from autocompress.device.local import LocalHost
-from autocompress.device.process import measurements
+from autocompress.device.process import GRACE_S, measurements
 from autocompress.device.timing import done, order
 
 # Path on this machine of the `benchmark_model` built for the device. It comes from the user: no package brings it.
@@ -33,6 +33,7 @@ TOOL_OPTIONS = ("benchmark_model", "taskset")
 ROOT = "/data/local/tmp/autocompress"  # the one place where adb's user may write and execute
 BUSY = 75  # EX_TEMPFAIL
 BUSY_S = 0.5
+KILLED = (124, 137)  # of `timeout`, by its version
 RETURN_S = 180.0
 KEPT_MODELS = 64
 
@@ -189,10 +190,14 @@ class AdbHost:
         command += [f"--warmup_runs={plan.warmup_runs}", f"--warmup_min_secs={plan.warmup_s:g}"]
         command += ["--num_runs=1", f"--min_secs={plan.turn_s:g}"]
         # A descriptor of the group and not of `exec`: Android's shell, mksh, keeps those of `exec` to itself.
-        script = f"( flock -n 9 || exit {BUSY}; exec {shlex.join(command)} ) 9>{ROOT}/lock"
-        while (done := self._adb("measure", "shell", script)).returncode == BUSY:
+        # What hangs is ended there, or it would hold the lock: a shell there need not end with its adb.
+        limited = ["timeout", "-s", "KILL", str(math.ceil(plan.timeout_s)), *command]
+        script = f"( flock -n 9 || exit {BUSY}; exec {shlex.join(limited)} ) 9>{ROOT}/lock"
+        while (ended := self._adb("measure", "shell", script, timeout_s=plan.timeout_s + GRACE_S)).returncode == BUSY:
             time.sleep(BUSY_S)
-        said = self._checked("measure", done)
+        if ended.returncode in KILLED:
+            raise StageError("measure", f"{self._where}: benchmark_model did not end within {plan.timeout_s:g} s")
+        said = self._checked("measure", ended)
         found = pattern.search(said)
         if found is None or not math.isfinite(value := float(found[1])):
             raise StageError("measure", f"{self._where}: benchmark_model tells no figure: {_end(said)}")

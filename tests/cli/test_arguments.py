@@ -4,9 +4,8 @@ import argparse
 
 import pytest
 
-from autocompress.cli.arguments import duration, limits_of, names, require_local
+from autocompress.cli.arguments import duration, limits_of, names
 from autocompress.cli.search import anchored
-from autocompress.core.errors import InputError, TargetError
 from autocompress.core.front import Limits
 
 
@@ -29,18 +28,6 @@ def test_names_are_split_at_commas() -> None:
 
 def test_limits_that_were_not_given_are_none() -> None:
     assert limits_of(argparse.Namespace(max_latency_ms=2.0)) == Limits(max_latency_ms=2.0)
-
-
-@pytest.mark.parametrize("host", ["ssh:pi@10.0.0.2", "ssh:pi@board:2222", "adb:ABC123"])
-def test_a_host_of_a_later_version_is_not_usable(host: str) -> None:
-    with pytest.raises(TargetError, match="this version measures on 'local' only"):
-        require_local(host)
-
-
-@pytest.mark.parametrize("host", ["pi@board", "ssh:board", "adb:", "LOCAL"])
-def test_what_is_no_host_is_bad_usage(host: str) -> None:
-    with pytest.raises(InputError, match="a host is 'local', 'ssh:user"):
-        require_local(host)
 
 
 def test_a_task_file_is_kept_with_its_absolute_path(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[Sshd]:
+def serving(folder: Path, *, also_localhost: bool = False) -> Iterator[Sshd]:
     """A server with generated keys; PATH has its `ssh`, and the worker runs with this Python."""
     _sshd()
     if os.geteuid() == 0:
@@ -109,7 +109,8 @@ def serving(folder: Path) -> Iterator[Sshd]:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
     public = (folder / "host_key.pub").read_text().split()
-    (folder / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {public[0]} {public[1]}\n")
+    names = f"[127.0.0.1]:{server.port}" + (f",[localhost]:{server.port}" if also_localhost else "")
+    (folder / "known_hosts").write_text(f"{names} {public[0]} {public[1]}\n")
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {server.port}\nHostKey {folder}/host_key\nPidFile {server.pid_file}\n"
         f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"

@@ -14,13 +14,14 @@ import pytest
 
 from autocompress.core.errors import InputError, StageError, TargetError
 from autocompress.core.measurement import separated
+from autocompress.core.record import to_json
 from autocompress.device.local import LocalHost
-from autocompress.device.lock import measuring_lock
 from autocompress.device.process import WorkerProcess
 from tests.device.conftest import MakeArtifact, profile_of
 from tests.models import MIXED_PRECISIONS, artifact_of, write_convs, write_inputs, write_linear, write_mixed
 
 FAKE = "tests.fakes:FakeRuntime"
+OURS = {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def workers() -> set[int]:
@@ -251,13 +252,13 @@ print(*workers(), flush=True)
     assert psutil.wait_procs([worker], timeout=5)[1] == []
 
 
-def test_only_one_process_measures_at_a_time(tmp_path: Path) -> None:
-    script = "from autocompress.device.lock import *\nwith measuring_lock(): print('mine', flush=True)"
-    with measuring_lock():
-        other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        with pytest.raises(subprocess.TimeoutExpired):
-            other.wait(timeout=1.5)
-    assert other.communicate(timeout=30)[0] == "mine\n"
+def test_a_worker_whose_host_has_vanished_ends_what_hangs(fake_artifact: MakeArtifact, inputs: Path) -> None:
+    """The kernel's alarm ends it: native code that holds Python's lock could not be left otherwise."""
+    artifact = fake_artifact("a", misbehave={"run": "hang"})
+    job = {"job": "executed", "runtime": FAKE, "options": {"threads": 1}, "artifacts": [to_json(artifact)]}
+    worker = WorkerProcess([sys.executable, "-P", "-m", "autocompress.device.worker"], 30, environment=OURS)
+    with pytest.raises(StageError, match="died of SIGALRM in stage 'measure'"):
+        worker.ask({**job, "inputs": str(inputs), "limit_s": 0.5})
 
 
 def test_threads_are_said_in_one_place() -> None:

@@ -1,12 +1,15 @@
 """Hosts over ssh, against a real sshd on the loopback interface and the real worker."""
 
+import ast
 import itertools
 import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,13 +18,14 @@ import psutil
 import pytest
 
 from autocompress.core.errors import StageError, TargetError
-from autocompress.device import ssh
+from autocompress.device import bootstrap, ssh
 from autocompress.device.hosts import open_host
 from autocompress.device.lock import measuring_lock
 from autocompress.device.ssh import PYTHON_VARIABLE, SshHost
 from tests.device.conftest import MakeArtifact, profile_of
 from tests.device.sshd import ROOT, Sshd, serving
 from tests.models import MIXED_PRECISIONS, artifact_of, write_inputs, write_mixed
+from tests.test_architecture import imports
 
 FAKE = "tests.fakes:FakeRuntime"
 OURS = {"PYTHONPATH": str(ROOT)}  # where the fake is
@@ -274,3 +278,17 @@ def test_what_cannot_be_installed_is_said(server: Sshd, monkeypatch: pytest.Monk
     monkeypatch.setattr(ssh, "BASE", ("no such requirement",))
     with open_host(server.name, profile_of(FAKE)) as host, pytest.raises(TargetError, match="Invalid requirement"):
         host.fingerprint()
+
+
+def test_what_is_installed_there_is_what_the_package_asks_for_here() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(ssh.BASE) <= set(project["dependencies"])
+    extras = set(itertools.chain.from_iterable(project["optional-dependencies"].values()))
+    assert set(itertools.chain.from_iterable(ssh.REQUIREMENTS.values())) <= extras
+
+
+def test_the_first_thing_that_runs_there_is_read_by_an_old_python() -> None:
+    source = Path(bootstrap.__file__).read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 8))
+    tops = {i.module.split(".")[0] for i in imports("autocompress.device.bootstrap")}
+    assert tops <= set(sys.stdlib_module_names)
