@@ -1,0 +1,82 @@
+"""The same tasks on every runtime of this machine: a front each, scored in that runtime, and what ran is told."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from autocompress import search
+from autocompress.config import load_profile
+from autocompress.device.runtime import get_runtime
+from autocompress.run import Run, open_run
+from autocompress.task import check_task, load_task
+
+TASKS = Path(__file__).resolve().parents[1] / "data" / "tasks"
+TARGETS = ("cpu-onnxruntime", "cpu-openvino", "cpu-litert")
+NAMES = ("digits", "depthwise", "conv1d", "mlp", "transformer")
+TRIALS = 5
+# The four files run on ONNX Runtime in test_journeys, with all that comes after a search.
+CASES = [(target, name) for target in TARGETS for name in NAMES if target != "cpu-onnxruntime" or name == "digits"]
+
+
+class Case(NamedTuple):
+    target: str
+    task: str
+    run: Run
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    target, name = request.param
+    profile = load_profile(target)
+    measure = replace(profile.measure, warmup_s=0.005, min_blocks=3, max_duration_s=0.1, processes=1)
+    task = name if name == "digits" else str(TASKS / f"{name}.py")
+    space = "transformer" if name == "transformer" else "default"
+    out = tmp_path_factory.mktemp("targets") / "run"
+    run = search(task, replace(profile, measure=measure), space=space, trials=TRIALS, out=out)
+    return Case(target, task, run)
+
+
+def test_there_is_a_front_with_both_baselines(case: Case) -> None:
+    front = open_run(case.run.path).front()
+    assert {"fp32", "uniform-int8"} <= set(front.baselines)
+    assert front.points
+    assert all(trial.score is not None for trial in case.run.trials()), [t.outcome for t in case.run.trials()]
+
+
+def test_the_baselines_are_as_accurate_as_in_torch(case: Case) -> None:
+    task = check_task(load_task(case.task))
+    import torch
+
+    with torch.no_grad():
+        inputs, targets = task.batch("validation", range(len(task.split("validation"))))
+        outputs = task.unflatten({k: v.numpy() for k, v in task.flatten_outputs(task.call(task.model, inputs)).items()})
+    wanted = task.metric(outputs, task.targets("validation"))
+    found = {role: t.score.accuracy for role, t in case.run.front().baselines.items() if t.score}
+    assert found["fp32"] == pytest.approx(wanted, abs=0.005)
+    assert found["uniform-int8"] > wanted - 0.1
+
+
+def test_what_ran_is_what_was_asked_or_is_shown(case: Case) -> None:
+    for trial in case.run.trials():
+        score = trial.score
+        assert score is not None
+        if trial.role == "uniform-int8":
+            continue
+        assert score.executed, score.reasons
+        for layer, ran in score.executed.items():
+            asked = trial.candidate.layers[layer].kernel if layer in trial.candidate.layers else "float"
+            assert (ran == "int8") == (asked == "int8"), (trial.candidate, layer, ran)
+
+
+def test_files_load_in_their_runtime_with_the_tasks_names(case: Case) -> None:
+    task = check_task(load_task(case.task))
+    profile = load_profile(case.target)
+    trial = case.run.front().points[0]
+    assert trial.artifact is not None
+    options = {**profile.options, **trial.artifact.options, "threads": 1}
+    session = get_runtime(profile.runtime).load(case.run.path / trial.artifact.path, options)
+    item = {name: tensor.numpy() for name, tensor in task.batch("validation", range(1))[0].items()}
+    assert tuple(session.run(item)) == task.outputs.names
+    session.close()
