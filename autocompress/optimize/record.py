@@ -78,7 +78,6 @@ class FastStorage(RDBStorage):
             )
         )
 
-
     def _set_trial_attr_without_commit(
         self,
         session: Session,
