@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": (set(), set()),
     "device": ({"core"}, {"psutil", *RUNTIMES}),
     "compress": ({"core"}, {"torch", "torch_pruning"}),
-    "export": ({"core", "compress"}, {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes"}),
+    "export": ({"core", "compress"}, {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "nncf"}),
     "optimize": ({"core"}, {"optuna", "sqlalchemy"}),  # Optuna's own storage layer
 }
 # What a user's task is made of needs torch at once; predict.py is copied into packages and runs without us.

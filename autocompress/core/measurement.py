@@ -37,8 +37,9 @@ class MeasurePlan:
         min_blocks, max_duration_s: at least so many blocks, at most so many seconds (never fewer than 3 blocks);
             a round-robin of more than four artifacts gets so many seconds for every four.
         target_ci: relative half-width of the ratio's 95 % interval at which measuring may stop.
-        threads: threads the runtime may use; with one, time is taken on the process-CPU clock, which a busy
-            machine disturbs far less than the wall clock.
+        threads: threads the runtime may use.
+        clock: by default that of the process's CPU time for one thread, which a busy machine disturbs far less, and
+            the wall clock for several. A device beside the processor (a GPU, an NPU) needs "wall".
         processes: fresh processes over which a front is measured before it is published.
         timeout_s: a job that takes longer is a failure.
     """
@@ -50,6 +51,7 @@ class MeasurePlan:
     max_duration_s: float = 1.0
     target_ci: float = 0.025
     threads: int = 1
+    clock: Literal["process_cpu", "wall"] | None = None
     processes: int = 3
     timeout_s: float = 120.0
 
@@ -62,6 +64,8 @@ class MeasurePlan:
         for name in ("threads", "processes"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.clock == "process_cpu" and self.threads > 1:
+            raise InputError(f"`clock` must be 'wall' for more than one thread, got 'process_cpu' for {self.threads}")
         if self.min_blocks < 3:
             raise InputError(f"`min_blocks` must be at least 3 for an interval, got {self.min_blocks}")
         if self.warmup_runs < 1 or self.warmup_s < 0:

@@ -225,7 +225,8 @@ class WorkerHost:
         Raises:
             TargetError: the runtime is not usable there.
         """
-        return from_json(Fingerprint, self._ask({"job": "fingerprint", "runtime": self._profile.runtime}))
+        job = {"job": "fingerprint", "runtime": self._profile.runtime, "options": dict(self._profile.options)}
+        return from_json(Fingerprint, self._ask(job))
 
     def close(self) -> None:
         """End the worker. The host may be used again."""

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,18 @@ class Runtime(Protocol):
             InputError: an option that the runtime does not know, or a value it does not take.
             StageError: the file does not load; stage "load".
             TargetError: the runtime is not installed.
+        """
+
+
+@runtime_checkable
+class TellsFacts(Protocol):
+    """A runtime whose device has facts of its own for the fingerprint, beside the machine's."""
+
+    def facts(self, options: Options) -> Mapping[str, str]:
+        """Facts of the device these options name: its name, "float_precisions" (of fp32 bf16 fp16, with spaces), …
+
+        Raises:
+            TargetError: the device is not usable here.
         """
 
 

@@ -29,8 +29,8 @@ CLOCKS: dict[ClockName, Clock] = {"process_cpu": time.process_time_ns, "wall": t
 
 
 def clock_name(plan: MeasurePlan) -> ClockName:
-    """The clock for a plan: process CPU time is the latency only while one thread works."""
-    return "process_cpu" if plan.threads == 1 else "wall"
+    """The clock for a plan: process CPU time is the latency only while one thread of the processor works."""
+    return plan.clock or ("process_cpu" if plan.threads == 1 else "wall")
 
 
 def interleave(calls: Sequence[Call], plan: MeasurePlan, clock: Clock) -> list[Block]:

@@ -131,3 +131,4 @@ def test_garbage_is_not_collected_while_timing_and_is_again_afterwards() -> None
 def test_processor_time_is_the_clock_for_one_thread_only() -> None:
     assert clock_name(plan()) == "process_cpu"
     assert clock_name(MeasurePlan(threads=2)) == "wall"
+    assert clock_name(MeasurePlan(clock="wall")) == "wall"
