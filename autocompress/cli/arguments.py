@@ -33,6 +33,18 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def host(text: str) -> str:
+    """The name of one host, or of several, as it stands."""
+    from autocompress.core.errors import InputError
+    from autocompress.device.hosts import parse_hosts
+
+    try:
+        parse_hosts(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -42,6 +54,7 @@ def add_host(parser: argparse.ArgumentParser) -> None:
     """`--on HOST`."""
     parser.add_argument(
         "--on",
+        type=host,
         metavar="HOST",
         help="where the device is: local, ssh:user@host[:port] or adb:SERIAL (default: as the profile says)",
     )

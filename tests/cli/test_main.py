@@ -154,8 +154,10 @@ def test_a_run_that_is_there_is_not_overwritten(capsys: Capture, digits_run: Run
     assert "is a run already: continue it with --resume" in fails(capsys, 2, *words)
 
 
-def test_a_host_of_a_later_version_is_exit_code_3(capsys: Capture) -> None:
-    assert "ssh:pi@board" in fails(capsys, 3, "verify", "p", "--on", "ssh:pi@board")
+@pytest.mark.parametrize("host", ["pi@board", "ssh:board", "adb:", "ssh:-oProxyCommand=x@board"])
+def test_what_is_no_host_is_bad_usage(capsys: Capture, host: str) -> None:
+    assert main(["verify", "p", "--on", host]) == 2
+    assert f"a host is 'local', 'ssh:user@host[:port]' or 'adb:SERIAL', got {host!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
