@@ -1,45 +1,58 @@
-"""Run this package's model: `python predict.py inputs.npz [outputs.npz]`. Needs only numpy and onnxruntime.
+"""Run this package's model: `python predict.py inputs.npz [outputs.npz]`. Needs only numpy and the package's runtime.
 
 `inputs.npz` holds one array for each input of the model, by name, with items along the first axis.
 From Python: `from predict import load, predict`.
 """
 
+import importlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+from numpy.typing import NDArray
 
+Arrays = Mapping[str, NDArray[Any]]
 HERE = Path(__file__).resolve().parent
 
 
-def load(folder: Path = HERE, *, baseline: bool = False) -> Any:
-    """A session on the package's model; `baseline` takes the fp32 model it can be rolled back to."""
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: `run` takes one batch; `batch` is its size, None for any."""
+
+    run: Callable[[Arrays], dict[str, NDArray[Any]]]
+    inputs: tuple[str, ...]
+    batch: int | None
+
+
+def load(folder: Path = HERE, *, baseline: bool = False) -> Model:
+    """The package's model as it was measured; `baseline` takes the fp32 model it can be rolled back to."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = manifest["profile"]["measure"]["threads"]
-    artifact = manifest["baseline" if baseline else "trial"]["artifact"]
-    return onnxruntime.InferenceSession(
-        str(folder / artifact["path"]), sess_options=options, providers=["CPUExecutionProvider"]
-    )
+    profile, artifact = manifest["profile"], manifest["baseline" if baseline else "trial"]["artifact"]
+    options = {**profile["options"], "threads": profile["measure"]["threads"], **artifact.get("options", {})}
+    runtime = importlib.import_module(f"predict_{profile['runtime']}")  # the file beside this one
+    run = runtime.open_model(folder / artifact["path"], options, [spec["name"] for spec in artifact["outputs"]])
+    fixed = [spec["shape"][0] for spec in artifact["inputs"] if spec["shape"] and spec["shape"][0] is not None]
+    return Model(run=run, inputs=tuple(spec["name"] for spec in artifact["inputs"]), batch=fixed[0] if fixed else None)
 
 
-def predict(session: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs by name for a batch of items; item by item where the model's batch size is fixed."""
-    expected = {value.name: value for value in session.get_inputs()}
-    if set(inputs) != set(expected):
-        raise ValueError(f"the model's inputs are {', '.join(expected)}, got {', '.join(inputs) or 'none'}")
+def predict(model: Model, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    """Outputs by name for a batch of items; piece by piece where the model's batch size is fixed."""
+    if set(inputs) != set(model.inputs):
+        raise ValueError(f"the model's inputs are {', '.join(model.inputs)}, got {', '.join(inputs) or 'none'}")
     counts = {len(array) for array in inputs.values()}
     if len(counts) != 1:
         raise ValueError(f"all inputs must have the same number of items, got {sorted(counts)}")
-    names = [value.name for value in session.get_outputs()]
-    if not any(isinstance(value.shape[0], int) for value in expected.values()):
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-    rows = [session.run(names, {n: array[i : i + 1] for n, array in inputs.items()}) for i in range(counts.pop())]
-    return {name: np.concatenate([row[k] for row in rows]) for k, name in enumerate(names)}
+    count = counts.pop()
+    size = model.batch or count
+    if count == 0 or count % size:
+        raise ValueError(f"the number of items must be a multiple of {model.batch or 1}, got {count}")
+    batches = [{name: array[i : i + size] for name, array in inputs.items()} for i in range(0, count, size)]
+    parts = [model.run({name: np.ascontiguousarray(array) for name, array in batch.items()}) for batch in batches]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +63,7 @@ def main(arguments: list[str]) -> int:
     try:
         with np.load(arguments[0], allow_pickle=False) as file:
             outputs = predict(load(), dict(file))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, array in outputs.items():

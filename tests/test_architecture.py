@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import autocompress
+from autocompress import pack
 
 ROOT = Path(autocompress.__file__).parent
 RUNTIMES = {"onnxruntime", "openvino", "tensorrt", "ai_edge_litert", "tflite_runtime"}
@@ -25,9 +26,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "export": ({"core", "compress"}, {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "nncf"}),
     "optimize": ({"core"}, {"optuna", "sqlalchemy"}),  # Optuna's own storage layer
 }
-# What a user's task is made of needs torch at once; predict.py is copied into packages and runs without us.
+# What a user's task is made of needs torch at once; predict*.py are copied into packages and run without us.
 NEED_TORCH = {"autocompress.task", "autocompress.tasks.digits", "autocompress.tasks.items", "autocompress.tasks.load"}
-APART = {"autocompress.predict", "autocompress.tasks.train_digits"}
+PREDICTORS = {"autocompress.predict", *(f"autocompress.predict_{name}" for name in pack.PREDICTORS)}
+APART = PREDICTORS | {"autocompress.tasks.train_digits"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A package is whole, runs without us, and notices every change."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ import pytest
 from autocompress.core.artifact import sha256_of
 from autocompress.core.errors import PackageError, VerifyError
 from autocompress.core.front import Limits
-from autocompress.package import INPUTS, MANIFEST, OUTPUTS, read_package, write_package
+from autocompress.device.onnxruntime import OnnxRuntime
+from autocompress.pack import write_package
+from autocompress.package import INPUTS, MANIFEST, OUTPUTS, read_package
 from autocompress.picks import read_picks
 from autocompress.run import Run, open_run
 from autocompress.verify import verify_package
@@ -28,10 +31,12 @@ class Only:
             raise ModuleNotFoundError(f"no {name} here")
 sys.meta_path.insert(0, Only())
 sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+PREDICT = ("predict.py", "predict_onnxruntime.py")
 LIMITS = Limits(max_accuracy_drop=5.0)
 
 
@@ -80,7 +85,7 @@ def test_what_was_written_is_read_back(package: Path, digits_run: Run) -> None:
 def test_every_file_but_the_manifest_has_its_hash(package: Path) -> None:
     files = read_package(package).manifest.files
     assert {p.name for p in package.iterdir()} == {*files, MANIFEST}
-    assert {"model.onnx", "fp32.onnx", "predict.py", "README.md", INPUTS, OUTPUTS} == set(files)
+    assert {"model.onnx", "fp32.onnx", *PREDICT, "README.md", INPUTS, OUTPUTS} == set(files)
 
 
 def test_a_pick_is_noted_in_the_run(digits_run: Run, tmp_path: Path) -> None:
@@ -90,15 +95,56 @@ def test_a_pick_is_noted_in_the_run(digits_run: Run, tmp_path: Path) -> None:
     assert read_picks(digits_run)[-1].limits == LIMITS
 
 
-def test_predict_runs_with_numpy_and_the_runtime_only(package: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.npz"
-    command = [sys.executable, "-c", ISOLATED, str(package / "predict.py"), str(package / INPUTS), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+def predicts(package: Path, out: Path, isolated: str = ISOLATED) -> None:
+    """Check that `predict.py` alone gives the outputs that were packed."""
+    command = [sys.executable, "-c", isolated, str(package / "predict.py"), str(package / INPUTS), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(out) as got, np.load(package / OUTPUTS) as expected:
         assert set(got) == set(expected)
         for name in expected:
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_predict_runs_with_numpy_and_the_runtime_only(package: Path, tmp_path: Path) -> None:
+    predicts(package, tmp_path / "out.npz")
+
+
+def test_a_package_for_openvino_predicts_with_openvino_only(digits_run: Run, tmp_path: Path) -> None:
+    """The files are the same; what runs them, and with which options, is the profile's."""
+    config = json.loads((digits_run.path / "run.json").read_text())
+    config["profile"] |= {"runtime": "openvino", "name": "cpu-openvino"}
+    (digits_run.path / "run.json").write_text(json.dumps(config))
+    run = open_run(digits_run.path)
+    package = write_package(run, run.front().pick(LIMITS), tmp_path / "package", limits=LIMITS)
+    assert {p.name for p in package.glob("*.py")} == {"predict.py", "predict_openvino.py"}
+    predicts(package, tmp_path / "out.npz", ISOLATED.replace('"torch"', '"torch", "onnxruntime"'))
+
+
+def test_a_runtime_of_ones_own_has_no_predictor(digits_run: Run, tmp_path: Path) -> None:
+    config = json.loads((digits_run.path / "run.json").read_text())
+    config["profile"] |= {"runtime": "tests.test_package:Own"}
+    (digits_run.path / "run.json").write_text(json.dumps(config))
+    run = open_run(digits_run.path)
+    package = write_package(run, run.front().points[0], tmp_path / "package")
+    assert not list(package.glob("*.py"))
+    assert "Run `model.onnx` with tests.test_package:Own." in (package / "README.md").read_text()
+    read_package(package)
+
+
+class Own(OnnxRuntime):
+    """A runtime that is not in the table."""
+
+
+def test_options_of_the_picked_file_stay_with_it(digits_run: Run, tmp_path: Path) -> None:
+    """They decide what is run, as much as its bytes do."""
+    point = digits_run.front().points[0]
+    assert point.artifact is not None
+    own = dataclasses.replace(point, artifact=dataclasses.replace(point.artifact, options={"optimization": "none"}))
+    package = write_package(digits_run, own, tmp_path / "package")
+    assert read_package(package).model.options == {"optimization": "none"}
+    assert "- option `optimization` of onnxruntime: none" in (package / "README.md").read_text()
+    predicts(package, tmp_path / "out.npz")
 
 
 def test_predict_names_what_is_missing(package: Path, tmp_path: Path) -> None:
@@ -109,7 +155,7 @@ def test_predict_names_what_is_missing(package: Path, tmp_path: Path) -> None:
     assert done.stderr == "error: the model's inputs are image, got picture\n"
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "fp32.onnx", "predict.py", "README.md", INPUTS, OUTPUTS])
+@pytest.mark.parametrize("name", ["model.onnx", "fp32.onnx", *PREDICT, "README.md", INPUTS, OUTPUTS])
 def test_a_changed_file_is_named(package: Path, name: str) -> None:
     path = package / name
     data = bytearray(path.read_bytes())

@@ -14,7 +14,7 @@ from autocompress.core.front import Limits
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.record import dump, load
 from autocompress.device.local import LocalHost
-from autocompress.package import write_package
+from autocompress.pack import write_package
 from autocompress.remeasure import measure_usable
 from autocompress.report.changes import print_changes
 from autocompress.reprofile import SCHEMA, Reprofile, kendall_tau, reprofile

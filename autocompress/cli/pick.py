@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def run(args: argparse.Namespace) -> int:
     """Pick, write the package, and print what was picked."""
     from autocompress.core.front import Limits, point_json
-    from autocompress.package import write_package
+    from autocompress.pack import write_package
     from autocompress.report import text
     from autocompress.run import open_run
 

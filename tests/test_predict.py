@@ -1,0 +1,90 @@
+"""`predict.py` as it lies in a package: what it checks, how it batches, and each runtime behind it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import autocompress
+
+SOURCE = Path(autocompress.__file__).parent
+# A runtime that doubles its input and says what it was opened with; of a fixed batch it takes no other.
+DOUBLES = """
+def open_model(path, options, outputs):
+    def run(inputs):
+        assert options["batch"] in (None, len(inputs["x"]))
+        return {outputs[0]: inputs["x"] * 2 + options["shift"]}
+    return run
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "package"
+    folder.mkdir()
+    shutil.copyfile(SOURCE / "predict.py", folder / "predict.py")
+    (folder / "predict_doubles.py").write_text(DOUBLES)
+    return folder
+
+
+def manifest(folder: Path, *, runtime: str = "doubles", batch: int | None = None, **options: Any) -> None:
+    """A manifest with all that `predict.py` reads."""
+
+    def trial(own: dict[str, Any]) -> dict[str, Any]:
+        artifact = {"path": "model", "inputs": [{"name": "x", "shape": [batch, 2]}], "outputs": [{"name": "y"}]}
+        return {"artifact": artifact | ({"options": own} if own else {})}
+
+    profile = {"runtime": runtime, "options": {"batch": batch, "shift": 0}, "measure": {"threads": 1}}
+    found = {"profile": profile, "trial": trial(options), "baseline": trial({})}
+    (folder / "manifest.json").write_text(json.dumps(found))
+
+
+def predict(folder: Path, *, code: int = 0, **inputs: Any) -> tuple[np.ndarray | None, str]:
+    """What a fresh process writes, and what it says."""
+    np.savez(folder / "in.npz", **inputs)
+    command = [sys.executable, str(folder / "predict.py"), str(folder / "in.npz"), str(folder / "out.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    if code:
+        return None, done.stderr
+    with np.load(folder / "out.npz") as file:
+        return file["y"], done.stdout
+
+
+X = np.arange(12, dtype=np.float32).reshape(6, 2)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_items_go_through_in_batches_that_the_model_takes(package: Path, batch: int | None) -> None:
+    manifest(package, batch=batch)
+    got, said = predict(package, x=X)
+    assert said == "y: float32 [6, 2]\n"
+    np.testing.assert_array_equal(got, 2 * X)
+
+
+def test_options_of_the_file_go_before_those_of_the_profile(package: Path) -> None:
+    manifest(package, shift=5)
+    np.testing.assert_array_equal(predict(package, x=X)[0], 2 * X + 5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"z": X}, "error: the model's inputs are x, got z\n"),
+        ({"x": X[:5]}, "error: the number of items must be a multiple of 2, got 5\n"),
+        ({"x": X[:0]}, "error: the number of items must be a multiple of 2, got 0\n"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(package: Path, inputs: dict[str, Any], said: str) -> None:
+    manifest(package, batch=2)
+    assert predict(package, code=2, **inputs)[1] == said
+
+
+def test_a_runtime_that_is_not_there_is_named(package: Path) -> None:
+    manifest(package, runtime="absent")
+    assert predict(package, code=2, x=X)[1] == "error: No module named 'predict_absent'\n"
