@@ -7,7 +7,7 @@ from typing import Any
 try:
     from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-untyped]  # it has no stubs
 except ModuleNotFoundError:
-    from tflite_runtime.interpreter import Interpreter  # type: ignore[import-not-found, no-redef]
+    from tflite_runtime.interpreter import Interpreter  # type: ignore[import-not-found]
 
 
 def open_model(

@@ -27,6 +27,8 @@ class Verification:
         machine: facts that differ, as name → (recorded, now).
         ratio, ratio_now: intervals of the latency over fp32's.
         accuracy_now: on all of validation; None where the task does not load here, and `accuracy_reason` says why.
+        executed: layers that ran in another precision than recorded, as name → (recorded, now); empty where neither the
+            record nor the runtime tells.
         output_difference: root mean square difference of the outputs on the sample, over that of the outputs.
     """
 
@@ -39,6 +41,7 @@ class Verification:
     accuracy_range: Interval
     accuracy_now: float | None
     accuracy_reason: str | None
+    executed: Mapping[str, tuple[str, str]]
     output_difference: float
     sample_items: int
 
@@ -66,6 +69,7 @@ class Verification:
             f"machine: {changed(self.machine) or 'the same'}",
             f"latency over fp32's: {_text(self.ratio)} recorded, {_text(self.ratio_now)} now",
             f"accuracy: {self.accuracy:.4f} recorded, {scored}",
+            f"layers that run in another precision: {changed(self.executed) or 'none'}",
             f"outputs on {self.sample_items} sample items: {self.output_difference:.2g} apart, relative",
         ]
 
@@ -113,6 +117,7 @@ def _verify(package: Package, host: Host, progress: Progress) -> Verification:
     with package.inputs() as inputs, tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         progress("comparing outputs on the sample")
         difference = _difference(package, host, inputs, Path(scratch))
+        ran = host.executed(package.model, inputs) or {}
         progress(f"measuring in {manifest.profile.measure.processes} fresh processes")
         processes = manifest.profile.measure.processes
         parts = rounds(host, package.baseline, package.model, inputs, processes)
@@ -133,6 +138,7 @@ def _verify(package: Package, host: Host, progress: Progress) -> Verification:
         accuracy_range=score.accuracy_ci or (score.accuracy - tolerance, score.accuracy + tolerance),
         accuracy_now=accuracy,
         accuracy_reason=reason,
+        executed={n: (was, ran[n]) for n, was in (score.executed or {}).items() if ran.get(n, was) != was},
         output_difference=difference,
         sample_items=manifest.sample_items,
     )

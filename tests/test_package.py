@@ -274,6 +274,7 @@ def test_a_package_verifies_where_it_was_made(package: Path) -> None:
     assert found.accuracy_now == found.accuracy
     assert found.output_difference == 0
     assert found.machine == {}
+    assert found.executed == {}
     found.require()
 
 
@@ -283,6 +284,17 @@ def test_another_model_under_corrected_hashes_does_not_verify(package: Path) -> 
     assert any("latency over fp32's is" in fault for fault in found.faults)
     with pytest.raises(VerifyError, match="recorded was"):
         found.require()
+
+
+def test_layers_that_run_in_another_precision_are_told(package: Path) -> None:
+    trial = json.loads((package / MANIFEST).read_text())["trial"]
+    layer, ran = next(iter(trial["outcome"]["executed"].items()))
+    trial["outcome"]["executed"][layer] = "bf16"
+    tamper(package, trial=trial)
+    found = verify_package(package)
+    assert found.executed == {layer: ("bf16", ran)}
+    assert f"layers that run in another precision: {layer}: bf16 → {ran}" in found.lines()
+    assert found.faults == ()
 
 
 def test_on_another_machine_a_fault_points_to_reprofile(package: Path) -> None:
