@@ -125,7 +125,7 @@ def test_a_fault_in_a_profile_is_one_sentence_with_file_key_and_value(
         ("widths:", "width:", "Unknown key 'width'. Did you mean 'widths'?"),
         ("[conv2d]", "[conv3d]", "`layers[0].kind[0]`: should be 'conv1d', 'conv2d', 'linear' or 'embedding'"),
         ("[1.0, 0.5]", "[1.5]", "`widths[0]`: `ratios` must be in (0, 1], got 1.5"),
-        ("[0.0, 0.5]", "[1.0]", "`layers[0]`: `sparsities` must be in [0, 1), got 1.0"),
+        ("[0.0, 0.5]", "[1.0]", "`layers[0]`: `sparsities` must be '2:4' or in [0, 1), got 1.0"),
         ("[fp32, w8a8]", "w8a8", "`layers[0].precisions`: should be a valid array, got 'w8a8'"),
         ("name: mine", "name: mine\nprecision_by: blocks", "`precision_by`: should be 'block', 'layer' or 'model'"),
         ("name: mine", "name: mine\nstudents: [0]", "`students` must be positive widths, got 0"),

@@ -76,18 +76,43 @@ def _shrunk(
 
 
 def sparsity_masks(model: nn.Module, candidate: Candidate) -> dict[str, torch.Tensor]:
-    """For each layer to be sparse, which weights stay: all but the smallest share by magnitude."""
+    """For each layer to be sparse, which weights stay.
+
+    Raises:
+        StageError: the pattern 2:4 is wanted of a layer whose input channels do not come in fours.
+    """
     masks = {}
     known = dict(model.named_modules())
     for name, choice in candidate.layers.items():
         if choice.sparsity is None or name not in known:  # a student may lack a layer of the original
             continue
         weight = model.get_submodule(name).get_parameter("weight").detach()
-        keep = torch.ones(weight.numel(), dtype=torch.bool)
-        gone = int(choice.sparsity.ratio * weight.numel())
-        keep[weight.abs().flatten().argsort(stable=True)[:gone]] = False
-        masks[name] = keep.view_as(weight)
+        if choice.sparsity.pattern == "2:4":
+            masks[name] = _two_of_four(weight, name)
+        else:
+            masks[name] = _largest(weight, choice.sparsity.ratio)
     return masks
+
+
+def _largest(weight: torch.Tensor, ratio: float) -> torch.Tensor:
+    """All but the smallest share by magnitude."""
+    keep = torch.ones(weight.numel(), dtype=torch.bool)
+    keep[weight.abs().flatten().argsort(stable=True)[: int(ratio * weight.numel())]] = False
+    return keep.view_as(weight)
+
+
+def _two_of_four(weight: torch.Tensor, name: str) -> torch.Tensor:
+    """The two largest by magnitude of every four neighbouring input channels.
+
+    That is the axis along which NVIDIA's guide wants at most two non-zeros of four, for each output channel and each
+    place of the kernel.
+    """
+    if weight.shape[1] % 4:
+        raise StageError("compress", f"layer {name!r} cannot be 2:4 sparse: it has {weight.shape[1]} input channels")
+    fours = weight.movedim(1, -1).unflatten(-1, (-1, 4)).abs()
+    largest = fours.argsort(dim=-1, descending=True, stable=True)[..., :2]
+    keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, largest, True)
+    return keep.flatten(-2).movedim(-1, 1)
 
 
 def hold(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:

@@ -12,19 +12,48 @@ from autocompress.core.record import to_json
 
 Calibrator = Literal["minmax", "percentile", "mse"]
 FloatPrecision = Literal["fp32", "bf16", "fp16"]
+Pattern = Literal["unstructured", "2:4"]
+SparsityName = float | Literal["2:4"]
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 ACTIVATION_BITS = (8, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparsity:
-    """Unstructured zeros: the share `ratio` of a layer's smallest weights is set to zero."""
+    """Zeros among a layer's weights.
+
+    Attributes:
+        ratio: share of the weights that is zero.
+        pattern: "unstructured", the smallest of the layer, or "2:4", the two smallest of every four neighbouring input
+            channels, which NVIDIA's sparse tensor cores skip (Mishra et al., 2021).
+    """
 
     ratio: float
+    pattern: Pattern = "unstructured"
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise InputError(f"`sparsity` must be in (0, 1), got {self.ratio}")
+        if self.pattern == "2:4" and self.ratio != 0.5:
+            raise InputError(f"`sparsity` of pattern 2:4 is 0.5, got {self.ratio}")
+
+    @property
+    def name(self) -> SparsityName:
+        """As a search space lists it: the share, or the pattern."""
+        return self.pattern if self.pattern == "2:4" else self.ratio
+
+
+def parse_sparsity(name: SparsityName) -> Sparsity | None:
+    """The sparsity of that name, None for no zeros.
+
+    Raises:
+        InputError: it is neither "2:4" nor a share in [0, 1).
+    """
+    if name == "2:4":
+        return Sparsity(ratio=0.5, pattern="2:4")
+    if isinstance(name, str) or not 0 <= name < 1:
+        raise InputError(f"`sparsities` must be '2:4' or in [0, 1), got {name!r}")
+    return Sparsity(ratio=name) if name > 0 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +150,7 @@ class Candidate:
     @property
     def weights_key(self) -> str:
         """Digest of what decides the float weights before quantization: student, widths, sparsity, recovery."""
-        sparse = {name: choice.sparsity.ratio for name, choice in self.layers.items() if choice.sparsity}
+        sparse = {name: choice.sparsity.name for name, choice in self.layers.items() if choice.sparsity}
         text = json.dumps([self.student, dict(self.widths), sparse, self.recipe.recover_steps])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -129,9 +158,13 @@ class Candidate:
     def kernel_key(self) -> str:
         """Digest of what decides latency: topology, widths, and the class of kernel of each layer.
 
-        Weight values, bits below the class and sparsity do not change a kernel: files that share this key share
-        a latency on one device.
+        Weight values, bits below the class and unstructured zeros do not change a kernel: files that share this key
+        share a latency on one device.
         """
-        kernels = {name: choice.kernel for name, choice in self.layers.items() if choice.kernel != "float"}
+        kernels = {
+            name: f"{choice.kernel} 2:4" if choice.sparsity and choice.sparsity.pattern == "2:4" else choice.kernel
+            for name, choice in self.layers.items()
+        }
+        kernels = {name: kernel for name, kernel in kernels.items() if kernel != "float"}
         text = json.dumps([self.student, dict(self.widths), kernels, self.float_precision])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -22,7 +22,8 @@ class Profile:
         width_multiple: channel widths are searched in multiples of this (kernels run in such steps).
         float_precisions: arithmetic for what is not integer, the device's default first.
         dialect: form of the quantized operators: "uint8" is uint8 asymmetric activations, "int8" int8 symmetric
-            ones with rectifiers kept and float biases.
+            ones with rectifiers kept and float biases, "fp8" the same in eight-bit floats.
+        sparse_kernels: whether the device has kernels that skip the zeros of the pattern 2:4.
         host: where the device is, as `--on` takes it.
         integer_weight_bits: most bits of the weights in layers that run on integers. 7 on x86 without VNNI, where
             the kernels add pairs of uint8 × int8 products in 16 bits and larger weights overflow.
@@ -37,7 +38,8 @@ class Profile:
     width_multiple: int
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     float_precisions: tuple[FloatPrecision, ...] = ("fp32",)
-    dialect: Literal["uint8", "int8"] = "uint8"
+    dialect: Literal["uint8", "int8", "fp8"] = "uint8"
+    sparse_kernels: bool = False
     host: str = "local"
     integer_weight_bits: int = 8
     measure: MeasurePlan = field(default_factory=MeasurePlan)

@@ -17,8 +17,9 @@ from autocompress.core.candidate import (
     FloatPrecision,
     LayerChoice,
     Recipe,
-    Sparsity,
+    SparsityName,
     parse_precision,
+    parse_sparsity,
 )
 from autocompress.core.errors import ConfigError, unknown
 from autocompress.core.profile import Profile
@@ -74,16 +75,15 @@ class LayerRule:
     name: str = "*"
     kind: tuple[Kind, ...] = ()
     precisions: tuple[str, ...] | None = None
-    sparsities: tuple[float, ...] | None = None
+    sparsities: tuple[SparsityName, ...] | None = None
 
     __pydantic_config__ = _FORBID
 
     def __post_init__(self) -> None:
         for text in self.precisions or ():
             parse_precision(text)
-        for ratio in self.sparsities or ():
-            if not 0 <= ratio < 1:
-                raise ConfigError(f"`sparsities` must be in [0, 1), got {ratio}")
+        for name in self.sparsities or ():
+            parse_sparsity(name)
 
     def matches(self, layer: Layer) -> bool:
         """Whether the rule speaks of this layer."""
@@ -144,7 +144,7 @@ class SpaceRules:
         self._check_names(structure)
         dropped: dict[str, str] = {}
         precisions: dict[str, tuple[str, ...]] = {}
-        sparsities: dict[str, tuple[float, ...]] = {}
+        sparsities: dict[str, tuple[SparsityName, ...]] = {}
         for layer in structure.layers:
             rules = [r for r in self.layers if r.matches(layer)]
             wanted = next((r.precisions for r in reversed(rules) if r.precisions is not None), ("fp32",))
@@ -156,7 +156,11 @@ class SpaceRules:
                     dropped[p] = f"{why}: {instead} instead"
             allowed = tuple(dict.fromkeys(profile.executable(p) for p in wanted if profile.allows(layer.kind, p)))
             precisions[layer.name] = allowed or ("fp32",)
-            sparsities[layer.name] = next((r.sparsities for r in reversed(rules) if r.sparsities is not None), (0.0,))
+            zeros = next((r.sparsities for r in reversed(rules) if r.sparsities is not None), (0.0,))
+            if "2:4" in zeros and (why := _against_pattern(layer, profile)):
+                dropped[f"2:4 for {layer.name}" if profile.sparse_kernels else "2:4"] = why
+                zeros = tuple(z for z in zeros if z != "2:4") or (0.0,)
+            sparsities[layer.name] = zeros
         widths = {
             g.name: choices
             for g in structure.groups
@@ -192,18 +196,20 @@ class Space:
         precisions, sparsities: allowed choices by layer.
         widths: allowed widths by group, descending, the original first.
         dropped: choices the rules ask for and the device does not pay for, with the reason.
+        float_unpaid: arithmetic that the device has and that is not searched, since it is not faster there.
         executable: for each precision of the rules, the one that stands for it on this device.
     """
 
     structure: Structure
     precision_by: Literal["block", "layer", "model"]
     precisions: Mapping[str, tuple[str, ...]]
-    sparsities: Mapping[str, tuple[float, ...]]
+    sparsities: Mapping[str, tuple[SparsityName, ...]]
     widths: Mapping[str, tuple[int, ...]]
     students: tuple[float, ...]
     calibrators: tuple[Calibrator, ...]
     dropped: Mapping[str, str]
     float_precisions: tuple[FloatPrecision, ...] = ("fp32",)
+    float_unpaid: tuple[FloatPrecision, ...] = ()
     executable: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -233,12 +239,12 @@ class Space:
                 own = values.get(f"layer:{name}", INHERIT)
                 picked = str(shared if own == INHERIT else own)
                 precision = picked if picked in self.precisions[name] else self.precisions[name][0]
-                ratio = float(values.get(f"sparsity:{block}", 0.0))
+                zeros = next((z for z in self.sparsities[name] if z == values.get(f"sparsity:{block}", 0.0)), 0.0)
                 choice = parse_precision(precision)
                 layers[name] = LayerChoice(
                     weight_bits=choice.weight_bits,
                     activation_bits=choice.activation_bits,
-                    sparsity=Sparsity(ratio=ratio) if ratio in self.sparsities[name] and ratio > 0 else None,
+                    sparsity=parse_sparsity(zeros),
                 )
         widths = {g: int(values[f"width:{g}"]) for g in self.widths if f"width:{g}" in values}
         full = {g.name: g.width for g in self.structure.groups}
@@ -264,7 +270,7 @@ class Space:
                 target = width_ratio * self.widths[rest][0]
                 values[name] = min(self.widths[rest], key=lambda w: abs(w - target))
             elif kind == "sparsity":
-                values[name] = min(self.sparsity_choices(rest), key=lambda s: abs(s - sparsity))
+                values[name] = min(self.sparsity_choices(rest), key=lambda s: abs(_share(s) - sparsity))
             else:
                 values[name] = choices[0]
         return values
@@ -272,13 +278,13 @@ class Space:
     def uniform_float(self, precision: FloatPrecision) -> dict[str, Choice]:
         """Values for the original in one float precision."""
         values = self.uniform("fp32")
-        return values | ({"float": precision} if "float" in values else {})
+        return values | ({"float": precision} if "float" in values and precision in self.float_precisions else {})
 
     def _float_precision(self, values: Values) -> FloatPrecision:
         found = str(values.get("float", self.float_precisions[0]))
         return next((p for p in self.float_precisions if p == found), self.float_precisions[0])
 
-    def sparsity_choices(self, block: str) -> tuple[float, ...]:
+    def sparsity_choices(self, block: str) -> tuple[SparsityName, ...]:
         """The sparsities of a block's layers."""
         return _union(self.sparsities[n] for n in self._members()[block])
 
@@ -288,6 +294,20 @@ class Space:
             key = {"model": "all", "layer": layer.name, "block": layer.block}[self.precision_by]
             blocks.setdefault(key, []).append(layer.name)
         return blocks
+
+
+def _share(name: SparsityName) -> float:
+    zeros = parse_sparsity(name)
+    return zeros.ratio if zeros else 0.0
+
+
+def _against_pattern(layer: Layer, profile: Profile) -> str | None:
+    """Why a layer cannot be 2:4 sparse on this device, None where it can."""
+    if not profile.sparse_kernels:
+        return f"profile {profile.name} has no kernels that skip its zeros"
+    if layer.kind == "embedding" or layer.shape[1] % 4:
+        return "it needs input channels in fours"
+    return None
 
 
 def _calibrator(value: object) -> Calibrator:

@@ -94,7 +94,7 @@ def described(trial: Trial) -> str:
         return trial.role + remark
     counts: dict[str, int] = {}
     for choice in candidate.layers.values():
-        name = choice.precision + (f" sparse {choice.sparsity.ratio:g}" if choice.sparsity else "")
+        name = choice.precision + (f" sparse {choice.sparsity.name}" if choice.sparsity else "")
         counts[name] = counts.get(name, 0) + 1
     parts = [f"{n} × {name}" for name, n in sorted(counts.items(), key=lambda kv: -kv[1])]
     if candidate.student is not None:

@@ -93,6 +93,35 @@ def test_of_equal_weights_still_the_exact_share_goes() -> None:
     assert int((net[0].weight == 0).sum()) == 16
 
 
+TWO_OF_FOUR = LayerChoice(sparsity=Sparsity(ratio=0.5, pattern="2:4"))
+
+
+@pytest.mark.parametrize("recover_steps", [0, 3])
+def test_of_every_four_input_channels_two_are_zero_at_each_place_and_output(described: Get, recover_steps: int) -> None:
+    case = described("residual")
+    names = [layer.name for layer in case.structure.layers if layer.shape[1] % 4 == 0]
+    layers = dict.fromkeys(names, TWO_OF_FOUR)
+    made = applied(case, Candidate(layers=layers, recipe=Recipe(recover_steps=recover_steps)))
+    assert {case.net.get_submodule(name).get_parameter("weight").ndim for name in names} == {2, 4}
+    for name in names:
+        fours = made.get_submodule(name).get_parameter("weight").unflatten(1, (-1, 4))
+        assert bool(((fours == 0).sum(2) == 2).all())
+
+
+def test_of_four_the_two_smallest_go() -> None:
+    net = nn.Sequential(nn.Linear(8, 1, bias=False)).requires_grad_(False)
+    net[0].weight.copy_(torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.0, 0.0, 0.0, -1.0]]))
+    hold(net, sparsity_masks(net, Candidate(layers={"0": TWO_OF_FOUR})))
+    assert net[0].weight.tolist() == [[0.0, -4.0, 3.0, 0.0, 0.0, 0.0, 0.0, -1.0]]
+
+
+def test_a_pattern_that_does_not_fit_fails_with_the_layers_name() -> None:
+    net = nn.Sequential(nn.Linear(6, 2))
+    with pytest.raises(StageError, match="layer '0' cannot be 2:4 sparse: it has 6 input channels") as caught:
+        sparsity_masks(net, Candidate(layers={"0": TWO_OF_FOUR}))
+    assert caught.value.stage == "compress"
+
+
 def test_zeros_hold_through_recovery(described: Get) -> None:
     case = described("residual")
     candidate = Candidate(widths=halves(case), layers=sparse(0.5, "conv1", "fc"), recipe=Recipe(recover_steps=8))

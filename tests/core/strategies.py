@@ -13,7 +13,11 @@ NAMES = st.text("abc.0", min_size=1, max_size=6)
 POSITIVE = st.floats(1e-3, 1e3)
 INTERVALS = st.tuples(POSITIVE, POSITIVE).map(lambda ends: (min(ends), max(ends)))
 
-SPARSITIES = st.none() | st.floats(0.01, 0.99).map(lambda ratio: Sparsity(ratio=ratio))
+SPARSITIES = (
+    st.none()
+    | st.floats(0.01, 0.99).map(lambda ratio: Sparsity(ratio=ratio))
+    | st.just(Sparsity(ratio=0.5, pattern="2:4"))
+)
 LAYER_CHOICES = st.builds(
     LayerChoice, weight_bits=st.sampled_from(WEIGHT_BITS), activation_bits=st.just(32), sparsity=SPARSITIES
 ) | st.builds(LayerChoice, weight_bits=st.integers(2, 8), activation_bits=st.just(8), sparsity=SPARSITIES)

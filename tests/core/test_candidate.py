@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocompress.core.candidate import Candidate, LayerChoice, Recipe, Sparsity, parse_precision
+from autocompress.core.candidate import Candidate, LayerChoice, Recipe, Sparsity, parse_precision, parse_sparsity
 from autocompress.core.errors import InputError
 from autocompress.core.record import from_json, to_json
 from tests.core.strategies import CANDIDATES, LAYER_CHOICES, NAMES
@@ -70,6 +70,20 @@ def test_equal_kernels_are_those_of_equal_topology_and_class_of_arithmetic() -> 
     assert Candidate(student=0.5).kernel_key != Candidate().kernel_key
 
 
+def test_the_pattern_that_kernels_skip_is_another_kernel_and_other_weights() -> None:
+    dense, zeros = Candidate(), Sparsity(ratio=0.5)
+    pattern = Sparsity(ratio=0.5, pattern="2:4")
+    assert _key(sparsity=zeros) == dense.kernel_key != _key(sparsity=pattern)
+    assert _key(weight_bits=8, activation_bits=8) != _key(weight_bits=8, activation_bits=8, sparsity=pattern)
+    keys = {Candidate(layers={"conv": LayerChoice(sparsity=s)}).weights_key for s in (None, zeros, pattern)}
+    assert len(keys) == 3
+
+
+@given(LAYER_CHOICES)
+def test_sparsity_is_read_back_from_its_name(choice: LayerChoice) -> None:
+    assert parse_sparsity(choice.sparsity.name if choice.sparsity else 0.0) == choice.sparsity
+
+
 @given(LAYER_CHOICES)
 def test_precision_is_read_back_from_its_name(choice: LayerChoice) -> None:
     assert parse_precision(choice.precision) == replace(choice, sparsity=None)
@@ -79,6 +93,8 @@ def test_precision_is_read_back_from_its_name(choice: LayerChoice) -> None:
     ("make", "message"),
     [
         (lambda: Sparsity(ratio=1.2), r"`sparsity` must be in \(0, 1\), got 1.2"),
+        (lambda: Sparsity(ratio=0.25, pattern="2:4"), "`sparsity` of pattern 2:4 is 0.5, got 0.25"),
+        (lambda: parse_sparsity("4:8"), r"`sparsities` must be '2:4' or in \[0, 1\), got '4:8'"),  # type: ignore[arg-type]
         (lambda: LayerChoice(weight_bits=9), "`weight_bits` must be one of .*, got 9"),
         (lambda: LayerChoice(activation_bits=16), r"`activation_bits` must be one of \(8, 32\), got 16"),
         (lambda: LayerChoice(weight_bits=16, activation_bits=8), "w16a8: quantized activations need quantized weights"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocompress.core.candidate import Candidate, LayerChoice
+from autocompress.core.candidate import Candidate, LayerChoice, Sparsity
 from autocompress.core.errors import ConfigError, InputError
 from autocompress.core.profile import Profile
 from autocompress.core.space import Group, Layer, LayerRule, Space, SpaceRules, Structure, WidthRule
@@ -166,6 +166,27 @@ def test_what_the_device_does_not_list_is_dropped_with_the_reason() -> None:
     assert "w4a8" not in SPACE.precisions["head"]
 
 
+PATTERN = SpaceRules(name="r", description="", layers=(LayerRule(sparsities=(0.0, "2:4", 0.5)),))
+
+
+def test_the_pattern_2_4_is_a_choice_where_kernels_skip_it_and_channels_come_in_fours() -> None:
+    space = PATTERN.resolve(STRUCTURE, replace(PROFILE, sparse_kernels=True))
+    assert space.sparsities["a.conv2"] == space.sparsities["head"] == (0.0, "2:4", 0.5)
+    assert space.sparsities["a.conv1"] == space.sparsities["embed"] == (0.0, 0.5)
+    assert space.dropped["2:4 for a.conv1"] == "it needs input channels in fours"
+    layers = space.decode({"sparsity:a": "2:4", "sparsity:head": 0.5}).layers
+    assert layers["a.conv2"].sparsity == Sparsity(ratio=0.5, pattern="2:4")
+    assert layers["head"].sparsity == Sparsity(ratio=0.5)
+    assert "a.conv1" not in layers
+    assert space.uniform("fp32", sparsity=0.9)["sparsity:head"] == "2:4"
+
+
+def test_a_device_without_kernels_for_the_pattern_drops_it_and_says_why() -> None:
+    space = PATTERN.resolve(STRUCTURE, PROFILE)
+    assert set(space.sparsities.values()) == {(0.0, 0.5)}
+    assert space.dropped == {"2:4": "profile p has no kernels that skip its zeros"}
+
+
 def test_integer_weights_that_overflow_are_replaced_and_the_reason_is_said() -> None:
     space = RULES.resolve(STRUCTURE, replace(PROFILE, integer_weight_bits=7))
     assert space.precisions["a.conv1"] == ("fp32", "w7a8", "w4a8")
@@ -190,7 +211,7 @@ def test_a_rule_for_a_name_that_is_not_there_names_the_nearest(change: dict[str,
     ("make", "message"),
     [
         (lambda: LayerRule(precisions=("int8",)), "a precision is 'fp32' or like 'w8a8'"),
-        (lambda: LayerRule(sparsities=(1.0,)), r"`sparsities` must be in \[0, 1\), got 1.0"),
+        (lambda: LayerRule(sparsities=(1.0,)), r"`sparsities` must be '2:4' or in \[0, 1\), got 1.0"),
         (lambda: WidthRule(ratios=(1.5,)), r"`ratios` must be in \(0, 1\], got 1.5"),
         (lambda: replace(RULES, calibrators=()), "`calibrators` must name at least one of minmax, percentile, mse"),
         (lambda: replace(RULES, students=(-1.0,)), "`students` must be positive widths, got -1.0"),
