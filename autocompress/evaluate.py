@@ -13,10 +13,12 @@ from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError, TargetError
 from autocompress.core.measurement import Interval, Measurement
+from autocompress.core.probe import paying
 from autocompress.core.profile import Profile
 from autocompress.core.space import Space, SpaceRules, Structure
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.device.hosts import Host
+from autocompress.probe import payoff_of, subject_of
 
 if TYPE_CHECKING:
     from autocompress.run import Run
@@ -39,12 +41,15 @@ class Evaluator:
         self._task = task
         self._run = run
         self._host = host
-        profile, lacking = fitted(profile, host.fingerprint().facts)
+        facts = host.fingerprint().facts
+        profile, lacking = fitted(profile, facts)
         self._profile = profile
         self._builder = Builder(task, run.path, profile)
         self.structure: Structure = self._builder.structure
         space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
-        self.space: Space = dataclasses.replace(space, dropped={**lacking, **space.dropped})
+        space = dataclasses.replace(space, dropped={**lacking, **space.dropped})
+        payoff = payoff_of(run, subject_of(task, self.structure, profile), facts)
+        self.space: Space = space if payoff is None else paying(space, payoff)
         self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
         self._with_energy = "energy" in run.config.objectives
         self._items = len(task.split("validation"))

@@ -117,12 +117,12 @@ class Session:
                     (text for name, text in fp32.reasons.items() if objective.name in name), "no reason given"
                 )
                 raise TargetError(f"objective {objective.name!r} cannot be measured here: {reason}")
-        for precision in space.float_precisions:
+        for precision in (*space.float_precisions, *space.float_unpaid):
             role = UNIFORM_FLOATS.get(precision)
             if role is not None and not any(t.role == role for t in known):
                 self._progress.stage(f"uniform {precision}")
                 values = space.uniform_float(precision)
-                self._evaluate(values, space.decode(values), role)
+                self._evaluate(values, dataclasses.replace(space.decode(values), float_precision=precision), role)
         if not any(t.role == "uniform-int8" for t in known):
             self._progress.stage("uniform INT8 by the runtime's own tool")
             uniform = space.uniform("w8a8")

@@ -1,9 +1,13 @@
 """`autocompress profile`: the shipped profiles, and one for this machine."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from autocompress.cli import arguments
 from autocompress.core.errors import InputError
+
+if TYPE_CHECKING:
+    from autocompress.core.probe import Probe
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,7 +18,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         ("list", run_list, "names of the shipped profiles"),
         ("show", run_show, "one profile"),
         ("detect", run_detect, "write a profile for this machine to stdout"),
-        ("probe", run_probe, "measure which choices pay on a target (not in this version)"),
+        ("probe", run_probe, "measure which choices pay for a task on a target"),
     ):
         action = actions.add_parser(name, help=text)
         action.set_defaults(run=run)
@@ -27,6 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         if name == "probe":
             action.add_argument("--target", required=True, metavar="NAME")
             action.add_argument("--task", required=True, metavar="TASK")
+            arguments.add_host(action)
         arguments.add_json(action)
 
 
@@ -79,6 +84,41 @@ def run_detect(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_probe(_: argparse.Namespace) -> int:
-    """Not in this version."""
-    raise InputError("`profile probe` is not in this version: `profile show` says what was measured for each profile")
+def run_probe(args: argparse.Namespace) -> int:
+    """Measure which choices pay for a task's model on a target, and keep that for its searches."""
+    from autocompress.cli.search import anchored
+    from autocompress.core.record import dump
+    from autocompress.probe import SCHEMA, place, probe, write
+    from autocompress.progress import open_progress
+
+    shown = open_progress()
+    try:
+        found = probe(anchored(args.task), args.target, on=args.on, progress=shown)
+    finally:
+        shown.close()
+    path = place(found)
+    write(found, path)
+    if args.json:
+        arguments.print_json(dump(found, SCHEMA))
+    else:
+        print("\n".join(told(found)))
+    arguments.note(f"kept in {path}: searches of {found.task} on {found.target} use it on this device")
+    return 0
+
+
+def told(probe: "Probe") -> list[str]:
+    """Lines for people: what pays, what does not and why, where the stairs are."""
+    from autocompress.core.probe import named
+
+    lines = []
+    for verdict in probe.verdicts:
+        what = "pays" if verdict.faster and verdict.usable else "pays in bytes only" if verdict.pays(True) else "no"
+        why = "" if what == "pays" else f": {verdict.why}"
+        lines.append(f"{verdict.choice}{named(verdict.layers)}: {what}{why}")
+    for stair in probe.stairs:
+        widths = [f"[{w}]" if w in stair.edges else str(w) for w in stair.widths]
+        lines.append(f"widths{named(stair.groups)}: {' '.join(widths)}")
+    lines += [f"not measured, no time or nothing to time alone: {name}" for name in probe.left_out]
+    return (
+        [*lines, "widths in brackets are edges: the widest of those that run equally fast"] if probe.stairs else lines
+    )
