@@ -43,7 +43,7 @@ class Sparsity:
         return self.pattern if self.pattern == "2:4" else self.ratio
 
 
-def parse_sparsity(name: SparsityName) -> Sparsity | None:
+def parse_sparsity(name: float | str) -> Sparsity | None:
     """The sparsity of that name, None for no zeros.
 
     Raises:

@@ -157,8 +157,8 @@ class SpaceRules:
             allowed = tuple(dict.fromkeys(profile.executable(p) for p in wanted if profile.allows(layer.kind, p)))
             precisions[layer.name] = allowed or ("fp32",)
             zeros = next((r.sparsities for r in reversed(rules) if r.sparsities is not None), (0.0,))
-            if "2:4" in zeros and (why := _against_pattern(layer, profile)):
-                dropped[f"2:4 for {layer.name}" if profile.sparse_kernels else "2:4"] = why
+            if "2:4" in zeros and (unfit := _against_pattern(layer, profile)):
+                dropped[f"2:4 for {layer.name}" if profile.sparse_kernels else "2:4"] = unfit
                 zeros = tuple(z for z in zeros if z != "2:4") or (0.0,)
             sparsities[layer.name] = zeros
         widths = {

@@ -94,7 +94,7 @@ def test_precision_is_read_back_from_its_name(choice: LayerChoice) -> None:
     [
         (lambda: Sparsity(ratio=1.2), r"`sparsity` must be in \(0, 1\), got 1.2"),
         (lambda: Sparsity(ratio=0.25, pattern="2:4"), "`sparsity` of pattern 2:4 is 0.5, got 0.25"),
-        (lambda: parse_sparsity("4:8"), r"`sparsities` must be '2:4' or in \[0, 1\), got '4:8'"),  # type: ignore[arg-type]
+        (lambda: parse_sparsity("4:8"), r"`sparsities` must be '2:4' or in \[0, 1\), got '4:8'"),
         (lambda: LayerChoice(weight_bits=9), "`weight_bits` must be one of .*, got 9"),
         (lambda: LayerChoice(activation_bits=16), r"`activation_bits` must be one of \(8, 32\), got 16"),
         (lambda: LayerChoice(weight_bits=16, activation_bits=8), "w16a8: quantized activations need quantized weights"),
