@@ -43,8 +43,49 @@ def test_an_arm_board_has_its_name_and_features(tmp_path: Path) -> None:
     (tmp_path / "proc/device-tree").mkdir()
     (tmp_path / "proc/device-tree/model").write_text("Raspberry Pi 5 Model B\0")
     facts = fingerprint("r", "1", board).facts
-    assert facts["cpu_model"] == "Raspberry Pi 5 Model B, implementer 0x41 part 0xd0b"
+    assert facts["cpu_model"] == "Raspberry Pi 5 Model B, 1x Cortex-A76"
     assert facts["flags"] == "asimd asimddp"
+
+
+def test_cores_of_several_kinds_are_counted(tmp_path: Path) -> None:
+    cores = [("0x41", "0xd05")] * 4 + [("0x41", "0xd41")] * 3 + [("0x51", "0x001")]
+    text = "\n".join(f"processor : {i}\nCPU implementer : {m}\nCPU part : {p}\n" for i, (m, p) in enumerate(cores))
+    model = machine(tmp_path, proc__cpuinfo=text).cpu_model
+    assert model == "4x Cortex-A55 + 3x Cortex-A78 + 1x implementer 0x51 part 0x001"
+
+
+def test_governors_of_several_kinds_of_cores_are_all_said(tmp_path: Path) -> None:
+    of = "sys__devices__system__cpu__cpu{}__cpufreq__scaling_governor"
+    files = {of.format(0): "schedutil", of.format(1): "schedutil", of.format(4): "performance"}
+    assert machine(tmp_path, **files).governor == "performance, schedutil"
+
+
+def test_a_zone_at_its_passive_trip_point_slows_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(monkeypatch)
+    zone = "sys__class__thermal__thermal_zone0__"
+    files = {"type": "cpu-thermal", "temp": "84000", "trip_point_0_type": "critical", "trip_point_0_temp": "110000"}
+    assert disturbances(machine(tmp_path, **{zone + k: v for k, v in files.items()})) == []
+    passive = {"trip_point_1_type": "passive", "trip_point_1_temp": "80000"}
+    found = disturbances(machine(tmp_path, **{zone + k: v for k, v in passive.items()}))
+    assert found == ["cpu-thermal is at 84 °C: from 80 °C on the clock is lowered."]
+    assert disturbances(machine(tmp_path, **{zone + "temp": "79000"})) == []
+
+
+def test_a_clock_that_may_not_reach_its_top_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(monkeypatch)
+    of = "sys__devices__system__cpu__cpu0__cpufreq__{}_max_freq"
+    held = machine(tmp_path, **{of.format("scaling"): "1500000", of.format("cpuinfo"): "2400000"})
+    assert disturbances(held) == ["The clock may go to 1500 MHz only, of 2400 MHz."]
+    assert disturbances(machine(tmp_path, **{of.format("scaling"): "2400000"})) == []
+
+
+def test_what_a_board_says_of_its_power_and_heat_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(monkeypatch)
+    board = machine(tmp_path, **{"sys__devices__platform__soc__soc:firmware__get_throttled": "50005\n"})
+    assert disturbances(board) == [
+        "The board says that its voltage is too low.",
+        "The board says that it is throttled.",
+    ]
 
 
 @pytest.mark.parametrize(
