@@ -4,6 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from autocompress.core.errors import StageError
+from autocompress.device.runtime import Options
+
+# Millijoules since some moment; never less than at the call before.
+EnergyCounter = Callable[[], float]
 
 _SELF = Path("/proc/self")
 POWERCAP = Path("/sys/class/powercap")
@@ -40,40 +44,51 @@ def _status(proc: Path, key: str) -> int:
     raise StageError("memory", f"{proc}/status has no {key}: peak memory needs Linux with it")
 
 
-def energy_reason(powercap: Path = POWERCAP) -> str | None:
-    """Why energy is not known here, one sentence; None where RAPL counters can be read."""
+def energy_counter(runtime: str, options: Options, powercap: Path = POWERCAP) -> EnergyCounter | str:
+    """What counts the energy of the device that this runtime uses with these options, or why nothing does."""
+    if runtime == "openvino" and str(options.get("device", "CPU")).partition(".")[0] != "CPU":
+        return f"RAPL counts the processor's packages, and nothing here counts OpenVINO's {options['device']} alone"
+    return rapl_counter(powercap)
+
+
+def rapl_counter(powercap: Path = POWERCAP) -> EnergyCounter | str:
+    """Energy of all processor packages, idle power included, or one sentence why it cannot be read."""
     packages = _packages(powercap)
     if not packages:
         return f"no RAPL energy counter under {powercap}"
     try:
-        for zone in packages:
-            _counter(zone, "energy_uj")
+        ranges = [_counter(zone, "max_energy_range_uj") for zone in packages]
+        last = [_counter(zone, "energy_uj") for zone in packages]
     except OSError as error:
         return f"{error.filename} is not readable ({error.strerror}): reading it needs root on most systems"
-    return None
+    used_uj = 0
+
+    def read() -> float:
+        nonlocal used_uj, last
+        now = [_counter(zone, "energy_uj") for zone in packages]
+        used_uj += sum((b - a) % r for a, b, r in zip(last, now, ranges, strict=True))
+        last = now
+        return used_uj / 1000
+
+    return read
 
 
-def energy_mj(run: Callable[[], int], powercap: Path = POWERCAP) -> float | str:
-    """Energy of the processor packages per inference while `run` runs, idle power included, in millijoules.
+def energy_mj(run: Callable[[], int], counter: EnergyCounter | str) -> float | str:
+    """Energy per inference while `run` runs, in millijoules.
 
     Args:
         run: runs inferences for a second or so, and returns how many.
+        counter: what counts, or why nothing does.
 
     Returns:
         The energy, or one sentence why it is not known here.
     """
-    reason = energy_reason(powercap)
-    if reason is not None:
-        return reason
-    packages = _packages(powercap)
-    before = [_counter(zone, "energy_uj") for zone in packages]
+    if isinstance(counter, str):
+        return counter
+    before = counter()
     inferences = run()
-    after = [_counter(zone, "energy_uj") for zone in packages]
-    ranges = [_counter(zone, "max_energy_range_uj") for zone in packages]
-    used = sum((b - a) % r for a, b, r in zip(before, after, ranges, strict=True))
-    if used == 0:
-        return f"the RAPL energy counter under {powercap} does not move"
-    return used / 1000 / inferences
+    used = counter() - before
+    return used / inferences if used > 0 else "the energy counter does not move"
 
 
 def _packages(powercap: Path) -> list[Path]:

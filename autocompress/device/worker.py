@@ -81,7 +81,8 @@ class Worker:
             return self._memory(runtime, artifacts[0], inputs, options)
         if job["job"] == "energy":
             with measuring_lock(lambda: self.report("wait")):
-                return self._energy(self._session(job["runtime"], artifacts[0], options), inputs)
+                counter = meters.energy_counter(job["runtime"], options)
+                return self._energy(self._session(job["runtime"], artifacts[0], options), inputs, counter)
         raise ValueError(f"no job {job['job']!r}")
 
     def _measure(
@@ -159,7 +160,7 @@ class Worker:
                 session.run(item)
             return max(1, meters.peak_memory() - before)
 
-    def _energy(self, session: Session, inputs: "Inputs") -> float | str:
+    def _energy(self, session: Session, inputs: "Inputs", counter: meters.EnergyCounter | str) -> float | str:
         with self._stage("measure"):
             call = session.bind(inputs.first)
 
@@ -170,7 +171,7 @@ class Worker:
                     count += 1
                 return count
 
-            return meters.energy_mj(run)
+            return meters.energy_mj(run, counter)
 
     def _runtime(self, name: str) -> Runtime:
         if name not in self.runtimes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autocompress.core.errors import StageError
-from autocompress.device.meters import energy_mj, energy_reason, peak_memory, reset_peak_memory
+from autocompress.device.meters import energy_counter, energy_mj, peak_memory, rapl_counter, reset_peak_memory
 
 MB = 1_000_000
 
@@ -60,24 +60,38 @@ def test_energy_is_that_of_all_packages_over_the_inferences(tmp_path: Path) -> N
         write_zone(tmp_path, "intel-rapl:0:0", 10**8)
         return 10
 
-    assert energy_reason(tmp_path) is None
-    assert energy_mj(run, tmp_path) == pytest.approx((20 + 10) / 10)
+    assert energy_mj(run, rapl_counter(tmp_path)) == pytest.approx((20 + 10) / 10)
+
+
+def test_a_counter_that_wraps_twice_still_counts(tmp_path: Path) -> None:
+    zone = write_zone(tmp_path, "intel-rapl:0", 0, 1000)
+    read = rapl_counter(tmp_path)
+    assert not isinstance(read, str)
+    for _ in range(3):
+        for value in (600, 300):
+            (zone / "energy_uj").write_text(str(value))
+            read()
+    assert read() == pytest.approx((600 + 700 + 300 + 700 + 300 + 700) / 1000)
 
 
 def test_energy_without_a_counter_is_a_reason(tmp_path: Path) -> None:
-    assert energy_mj(lambda: 1, tmp_path) == f"no RAPL energy counter under {tmp_path}"
+    assert energy_mj(lambda: 1, rapl_counter(tmp_path)) == f"no RAPL energy counter under {tmp_path}"
 
 
 def test_energy_of_a_counter_that_stands_still_is_a_reason(tmp_path: Path) -> None:
     write_zone(tmp_path, "intel-rapl:0", 5)
-    assert "does not move" in str(energy_mj(lambda: 1, tmp_path))
+    assert "does not move" in str(energy_mj(lambda: 1, rapl_counter(tmp_path)))
 
 
 def test_energy_that_may_not_be_read_is_a_reason(tmp_path: Path) -> None:
     zone = write_zone(tmp_path, "intel-rapl:0", 5)
     (zone / "energy_uj").unlink()
     (zone / "energy_uj").mkdir()  # unreadable for root too
-    reason = energy_reason(tmp_path)
-    assert reason is not None
-    assert "is not readable" in reason
-    assert energy_mj(lambda: 1, tmp_path) == reason
+    assert "is not readable" in str(rapl_counter(tmp_path))
+
+
+def test_packages_are_not_taken_for_another_device(tmp_path: Path) -> None:
+    write_zone(tmp_path, "intel-rapl:0", 5)
+    assert "OpenVINO's GPU.1 alone" in str(energy_counter("openvino", {"device": "GPU.1"}, tmp_path))
+    for runtime, options in (("openvino", {"device": "CPU"}), ("openvino", {}), ("onnxruntime", {})):
+        assert callable(energy_counter(runtime, options, tmp_path))
