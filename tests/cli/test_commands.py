@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from autocompress.cli import main
+from autocompress.cli import doctor, main
 from autocompress.cli.doctor import examine
 from autocompress.config import load_profile
+from autocompress.device.runtime import RUNTIMES
 from autocompress.run import Run
 from tests import made
 
@@ -108,8 +109,25 @@ def test_doctor_says_what_is_usable_and_what_disturbs(capsys: Capture) -> None:
     assert found["extras"]["search"] == []
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for said in ("Runtimes", "onnxruntime", "load:", "frequency:", "What disturbs measuring"):
+    for said in ("Runtimes", "onnxruntime", "Other devices", "load:", "frequency:", "energy:", "What disturbs"):
         assert said in shown
+
+
+def test_doctor_names_every_runtime_and_way_to_a_device(capsys: Capture) -> None:
+    found = result(capsys, "doctor")
+    assert set(found["runtimes"]) == set(RUNTIMES)
+    for one in (*found["runtimes"].values(), *found["hosts"].values()):
+        assert one["usable"] == bool(one["version"]) == (not one["reason"])
+        assert one["install"]
+
+
+def test_a_program_that_is_missing_or_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = {"gone": (("no-such-program-here",), "gone"), "broken": (("false",), "broken")}
+    monkeypatch.setattr(doctor, "TOOLS", tools)
+    found = doctor.examine()["hosts"]
+    assert found["gone"]["reason"] == "no-such-program-here is not installed"
+    assert found["broken"]["reason"].startswith("false fails: ")
+    assert found["broken"]["install"] == "apt-get install broken"
 
 
 def test_doctor_without_a_usable_runtime_is_exit_code_3(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
