@@ -31,7 +31,10 @@ from autocompress.core.space import SpaceRules
 from autocompress.core.trial import Trial
 
 SCHEMA = 1
-LIBRARIES = ("numpy", "torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "optuna")
+LIBRARIES = (
+    "numpy", "torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "ai-edge-litert",
+    "litert-torch", "litert-quantizer", "tensorrt", "optuna",
+)  # fmt: skip
 Fidelity = Literal["oneshot", "recover"]
 
 

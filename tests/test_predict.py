@@ -1,6 +1,7 @@
 """`predict.py` as it lies in a package: what it checks, how it batches, and each runtime behind it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,11 +33,13 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
-def manifest(folder: Path, *, runtime: str = "doubles", batch: int | None = None, **options: Any) -> None:
+def manifest(
+    folder: Path, *, runtime: str = "doubles", batch: int | None = None, path: str = "model", **options: Any
+) -> None:
     """A manifest with all that `predict.py` reads."""
 
     def trial(own: dict[str, Any]) -> dict[str, Any]:
-        artifact = {"path": "model", "inputs": [{"name": "x", "shape": [batch, 2]}], "outputs": [{"name": "y"}]}
+        artifact = {"path": path, "inputs": [{"name": "x", "shape": [batch, 2]}], "outputs": [{"name": "y"}]}
         return {"artifact": artifact | ({"options": own} if own else {})}
 
     profile = {"runtime": runtime, "options": {"batch": batch, "shift": 0}, "measure": {"threads": 1}}
@@ -44,11 +47,14 @@ def manifest(folder: Path, *, runtime: str = "doubles", batch: int | None = None
     (folder / "manifest.json").write_text(json.dumps(found))
 
 
-def predict(folder: Path, *, code: int = 0, **inputs: Any) -> tuple[np.ndarray | None, str]:
+def predict(
+    folder: Path, *, code: int = 0, modules: Path | None = None, **inputs: Any
+) -> tuple[np.ndarray | None, str]:
     """What a fresh process writes, and what it says."""
     np.savez(folder / "in.npz", **inputs)
     command = [sys.executable, str(folder / "predict.py"), str(folder / "in.npz"), str(folder / "out.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {"PATH": "", **({"PYTHONPATH": str(modules)} if modules else {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == code, done.stderr
     if code:
         return None, done.stderr
@@ -88,3 +94,24 @@ def test_inputs_that_do_not_fit_are_named(package: Path, inputs: dict[str, Any],
 def test_a_runtime_that_is_not_there_is_named(package: Path) -> None:
     manifest(package, runtime="absent")
     assert predict(package, code=2, x=X)[1] == "error: No module named 'predict_absent'\n"
+
+
+GPU = Path(__file__).parent / "data" / "gpu"
+
+
+@pytest.mark.parametrize(("path", "options"), [("model", {}), ("sparse", {"sparse_weights": True})])
+def test_tensorrt_is_called_as_documented(package: Path, path: str, options: dict[str, Any]) -> None:
+    """No GPU is here: its calls are written down in tests/data/gpu. 100 items fit only if memory is given back."""
+    shutil.copyfile(SOURCE / "predict_tensorrt.py", package / "predict_tensorrt.py")
+    manifest(package, runtime="tensorrt", path=path, **options)
+    x = np.arange(200, dtype=np.float32).reshape(100, 2)
+    np.testing.assert_array_equal(predict(package, modules=GPU, x=x)[0], 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("unreadable", "TensorRT does not read .*: no such operator"), ("unbuildable", "does not build")]
+)
+def test_what_tensorrt_does_not_take_is_said(package: Path, path: str, said: str) -> None:
+    shutil.copyfile(SOURCE / "predict_tensorrt.py", package / "predict_tensorrt.py")
+    manifest(package, runtime="tensorrt", path=path)
+    assert re.search(f"^error: .*{said}", predict(package, code=2, modules=GPU, x=X)[1])
