@@ -13,7 +13,7 @@ from torch import nn
 
 from autocompress.compress.quantize import ActivationStats
 from autocompress.core.artifact import Format, TensorSpec
-from autocompress.core.candidate import Candidate
+from autocompress.core.candidate import Candidate, LayerChoice
 from autocompress.core.errors import StageError, TaskError
 from autocompress.core.profile import Profile
 from autocompress.export.calibrate import collect_stats
@@ -21,6 +21,7 @@ from autocompress.export.exporter import Lowered, Source, Watch
 from autocompress.export.graph import specs, to_bytes
 from autocompress.export.parity import FLOAT_TOLERANCE, check_optimised, float_difference, run_onnx
 from autocompress.export.qdq import lower
+from autocompress.export.symmetric import lower_symmetric
 from autocompress.export.template import Template, export_template
 from autocompress.export.vendor import uniform_int8
 
@@ -113,12 +114,20 @@ class OnnxFloat:
             with watch("calibrate"):
                 self._stats = collect_stats(self._graph, self._template.nodes, self._batches())
         with watch("export"):
-            data = to_bytes(lower(self._graph.clone(), layers, self._stats or {}, candidate.recipe.calibrator))
-            if integer and candidate.kernel_key not in self._checked:
+            data = to_bytes(self._lowered(layers, candidate))
+            if integer and self._profile.dialect == "uint8" and candidate.kernel_key not in self._checked:
                 items = CHECKED_ITEMS if self._template.dynamic_batch else 1
                 check_optimised(data, _feeds(next(self._source.calibration(items))))
                 self._checked.add(candidate.kernel_key)
         return Lowered(data=data, options=_options(candidate, self._profile))
+
+    def _lowered(self, layers: Mapping[str, LayerChoice], candidate: Candidate) -> ir.Model:
+        graph, stats, calibrator = self._graph.clone(), self._stats or {}, candidate.recipe.calibrator
+        if self._profile.dialect == "uint8":
+            return lower(graph, layers, stats, calibrator)
+        return lower_symmetric(
+            graph, layers, stats, calibrator, dialect=self._profile.dialect, floats=candidate.float_precision
+        )
 
     def vendor_int8(self, watch: Watch) -> Lowered:
         """Uniform INT8 by the tool that the runtime's vendor gives for ONNX files."""
@@ -130,7 +139,14 @@ class OnnxFloat:
 
 
 def _options(candidate: Candidate, profile: Profile) -> dict[str, Any]:
-    """OpenVINO takes the precision of float arithmetic as an option; the other runtimes read it from the graph."""
+    """OpenVINO takes the precision of float arithmetic as an option; the other runtimes read it from the graph.
+
+    TensorRT looks for kernels that skip zeros only where it is told to.
+    """
+    if profile.runtime == "tensorrt" and any(
+        c.sparsity and c.sparsity.pattern == "2:4" for c in candidate.layers.values()
+    ):
+        return {"sparse_weights": True}
     if profile.runtime != "openvino":
         return {}
     return {"inference_precision": {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[candidate.float_precision]}

@@ -13,6 +13,7 @@ from autocompress.core.errors import StageError
 from autocompress.core.extras import require
 from autocompress.core.profile import Profile
 from autocompress.export.nncf import openvino_uniform_int8
+from autocompress.export.tensorrt import tensorrt_uniform_int8
 
 Feeds = Mapping[str, NDArray[np.generic]]
 
@@ -74,4 +75,5 @@ def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds], profile: Pr
 _TOOLS: Mapping[str, Callable[[bytes, Iterable[Feeds], Profile], bytes]] = {
     "onnxruntime": onnxruntime_uniform_int8,
     "openvino": openvino_uniform_int8,
+    "tensorrt": tensorrt_uniform_int8,
 }
