@@ -46,6 +46,8 @@ def _status(proc: Path, key: str) -> int:
 
 def energy_counter(runtime: str, options: Options, powercap: Path = POWERCAP) -> EnergyCounter | str:
     """What counts the energy of the device that this runtime uses with these options, or why nothing does."""
+    if runtime == "tensorrt" or options.get("provider", "cpu") != "cpu":
+        return "RAPL counts the processor's packages, and the GPU's own counter is not read"
     if runtime == "openvino" and str(options.get("device", "CPU")).partition(".")[0] != "CPU":
         return f"RAPL counts the processor's packages, and nothing here counts OpenVINO's {options['device']} alone"
     return rapl_counter(powercap)

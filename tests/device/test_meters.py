@@ -93,5 +93,7 @@ def test_energy_that_may_not_be_read_is_a_reason(tmp_path: Path) -> None:
 def test_packages_are_not_taken_for_another_device(tmp_path: Path) -> None:
     write_zone(tmp_path, "intel-rapl:0", 5)
     assert "OpenVINO's GPU.1 alone" in str(energy_counter("openvino", {"device": "GPU.1"}, tmp_path))
+    for runtime, options in (("tensorrt", {}), ("onnxruntime", {"provider": "cuda"})):
+        assert isinstance(energy_counter(runtime, options, tmp_path), str)
     for runtime, options in (("openvino", {"device": "CPU"}), ("openvino", {}), ("onnxruntime", {})):
         assert callable(energy_counter(runtime, options, tmp_path))
