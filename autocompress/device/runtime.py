@@ -20,6 +20,7 @@ Options = Mapping[str, str | int | float | bool]
 RUNTIMES: Mapping[str, str] = {
     "onnxruntime": "autocompress.device.onnxruntime:OnnxRuntime",
     "openvino": "autocompress.device.openvino:OpenVino",
+    "litert": "autocompress.device.litert:LiteRt",
 }
 
 
