@@ -69,6 +69,8 @@ def _engine(path: Path, options: Mapping[str, Any], logger: Any) -> Any:
     config.add_optimization_profile(profile)
     if options.get("sparse_weights"):
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    if not options.get("tf32"):  # which TensorRT takes for float32 by default
+        config.clear_flag(trt.BuilderFlag.TF32)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ValueError(f"TensorRT does not build an engine of {path}: its messages say why")

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from autocompress.core.errors import StageError
+from autocompress.core.errors import StageError, TargetError
+from autocompress.device import cuda, nvml
 from autocompress.device.runtime import Options
 
 # Millijoules since some moment; never less than at the call before.
@@ -47,10 +48,17 @@ def _status(proc: Path, key: str) -> int:
 def energy_counter(runtime: str, options: Options, powercap: Path = POWERCAP) -> EnergyCounter | str:
     """What counts the energy of the device that this runtime uses with these options, or why nothing does."""
     if runtime == "tensorrt" or options.get("provider", "cpu") != "cpu":
-        return "RAPL counts the processor's packages, and the GPU's own counter is not read"
+        return _gpu_counter()
     if runtime == "openvino" and str(options.get("device", "CPU")).partition(".")[0] != "CPU":
         return f"RAPL counts the processor's packages, and nothing here counts OpenVINO's {options['device']} alone"
     return rapl_counter(powercap)
+
+
+def _gpu_counter() -> EnergyCounter | str:
+    try:
+        return nvml.energy_counter(cuda.bus_id())
+    except (StageError, TargetError) as error:
+        return str(error)
 
 
 def rapl_counter(powercap: Path = POWERCAP) -> EnergyCounter | str:

@@ -16,6 +16,7 @@ class NetworkDefinitionCreationFlag(IntEnum):
 
 class BuilderFlag(IntEnum):
     SPARSE_WEIGHTS = 15
+    TF32 = 7
 
 
 class Logger:
@@ -59,13 +60,16 @@ class Profile:
 
 class Config:
     def __init__(self):
-        self.flags, self.profiles = set(), []
+        self.flags, self.profiles = {BuilderFlag.TF32}, []
 
     def add_optimization_profile(self, profile):
         self.profiles.append(profile)
 
     def set_flag(self, flag):
         self.flags.add(flag)
+
+    def clear_flag(self, flag):
+        self.flags.remove(flag)
 
 
 class Builder:
@@ -84,6 +88,7 @@ class Builder:
 
     def build_serialized_network(self, network, config):
         assert config.profiles
+        assert BuilderFlag.TF32 not in config.flags
         assert (BuilderFlag.SPARSE_WEIGHTS in config.flags) == (network.name == "sparse")
         return None if network.name == "unbuildable" else b"engine"
 
