@@ -1,6 +1,7 @@
 """`autocompress doctor`: what works here, what does not and how to install it, and what disturbs measuring."""
 
 import argparse
+import contextlib
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -42,13 +43,12 @@ def examine() -> dict[str, Any]:
     """Runtimes, ways to other devices, machine, disturbances, energy and extras."""
     import psutil
 
-    from autocompress.core.record import to_json
     from autocompress.device.fingerprint import disturbances, fingerprint
     from autocompress.device.meters import rapl_counter
-    from autocompress.device.runtime import RUNTIMES, get_runtime
+    from autocompress.device.runtime import RUNTIMES
     from autocompress.run import library_versions
 
-    runtimes = {name: to_json(get_runtime(name).available()) for name in RUNTIMES}
+    runtimes = {name: _runtime(name) for name in RUNTIMES}
     usable = next(((name, found["version"]) for name, found in runtimes.items() if found["usable"]), ("no runtime", ""))
     counter = rapl_counter()
     return {
@@ -63,6 +63,21 @@ def examine() -> dict[str, Any]:
         "extras": {extra: _missing(packages) for extra, packages in EXTRAS.items()},
         "versions": library_versions(),
     }
+
+
+def _runtime(name: str) -> dict[str, Any]:
+    """Whether it works here, and what its device says of itself where it has one."""
+    from autocompress.core.errors import TargetError
+    from autocompress.core.record import to_json
+    from autocompress.device.runtime import TellsFacts, get_runtime
+
+    runtime = get_runtime(name)
+    found = runtime.available()
+    device: dict[str, str] = {}
+    if found.usable and isinstance(runtime, TellsFacts):
+        with contextlib.suppress(TargetError):  # usable, but not with the options that it has by default
+            device = dict(runtime.facts({}))
+    return {**to_json(found), "device": device}
 
 
 def _frequency() -> float | None:
@@ -103,6 +118,8 @@ def _print(found: dict[str, Any]) -> None:
         for name, one in what.items():
             if one["usable"]:
                 print(f"  {name} {one['version']}: usable")
+                for key, value in one.get("device", {}).items():
+                    print(f"    {key}: {value}")
             else:
                 print(f"  {name}: not usable: {one['reason']}\n    {one['install']}")
     print("Extras")

@@ -119,6 +119,7 @@ def test_doctor_names_every_runtime_and_way_to_a_device(capsys: Capture) -> None
     for one in (*found["runtimes"].values(), *found["hosts"].values()):
         assert one["usable"] == bool(one["version"]) == (not one["reason"])
         assert one["install"]
+    assert "fp32" in found["runtimes"]["openvino"]["device"]["float_precisions"].split()
 
 
 def test_a_program_that_is_missing_or_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
