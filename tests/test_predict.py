@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import autocompress
+from tests.tflite_files import write_linear
 
 SOURCE = Path(autocompress.__file__).parent
 # A runtime that doubles its input and says what it was opened with; of a fixed batch it takes no other.
@@ -34,12 +35,19 @@ def package(tmp_path: Path) -> Path:
 
 
 def manifest(
-    folder: Path, *, runtime: str = "doubles", batch: int | None = None, path: str = "model", **options: Any
+    folder: Path,
+    *,
+    runtime: str = "doubles",
+    batch: int | None = None,
+    path: str = "model",
+    x: str = "x",
+    **options: Any,
 ) -> None:
-    """A manifest with all that `predict.py` reads."""
+    """A manifest with all that `predict.py` reads; the options are of the picked file, not of fp32's."""
 
     def trial(own: dict[str, Any]) -> dict[str, Any]:
-        artifact = {"path": path, "inputs": [{"name": "x", "shape": [batch, 2]}], "outputs": [{"name": "y"}]}
+        inputs, outputs = [{"name": x, "shape": [batch, 2]}], [{"name": "y" if x == "x" else "output"}]
+        artifact = {"path": path, "inputs": inputs, "outputs": outputs}
         return {"artifact": artifact | ({"options": own} if own else {})}
 
     profile = {"runtime": runtime, "options": {"batch": batch, "shift": 0}, "measure": {"threads": 1}}
@@ -59,7 +67,7 @@ def predict(
     if code:
         return None, done.stderr
     with np.load(folder / "out.npz") as file:
-        return file["y"], done.stdout
+        return next(iter(file.values())), done.stdout
 
 
 X = np.arange(12, dtype=np.float32).reshape(6, 2)
@@ -94,6 +102,16 @@ def test_inputs_that_do_not_fit_are_named(package: Path, inputs: dict[str, Any],
 def test_a_runtime_that_is_not_there_is_named(package: Path) -> None:
     manifest(package, runtime="absent")
     assert predict(package, code=2, x=X)[1] == "error: No module named 'predict_absent'\n"
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("options", [{}, {"xnnpack": False}])
+def test_litert_gives_what_the_weights_say(package: Path, batch: int | None, options: dict[str, Any]) -> None:
+    weight, bias = np.array([[1, 2, 3], [4, 5, 6]], np.float32), np.array([0.5, 0, -1], np.float32)
+    write_linear(package / "model.tflite", weight, bias, batch)
+    shutil.copyfile(SOURCE / "predict_litert.py", package / "predict_litert.py")
+    manifest(package, runtime="litert", batch=batch, path="model.tflite", x="input", **options)
+    np.testing.assert_allclose(predict(package, input=X)[0], X @ weight + bias, rtol=1e-6)
 
 
 GPU = Path(__file__).parent / "data" / "gpu"
