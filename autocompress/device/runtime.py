@@ -21,6 +21,7 @@ RUNTIMES: Mapping[str, str] = {
     "onnxruntime": "autocompress.device.onnxruntime:OnnxRuntime",
     "openvino": "autocompress.device.openvino:OpenVino",
     "litert": "autocompress.device.litert:LiteRt",
+    "tensorrt": "autocompress.device.tensorrt:TensorRt",
 }
 
 
@@ -97,6 +98,14 @@ class TellsFacts(Protocol):
         Raises:
             TargetError: the device is not usable here.
         """
+
+
+@runtime_checkable
+class TellsDiagnosis(Protocol):
+    """A session that knows of its file why it may be slower than it could be."""
+
+    def diagnosis(self) -> Mapping[str, str]:
+        """What was noticed, by name: "delegates" (pieces that the graph is cut into), …"""
 
 
 def get_runtime(name: str) -> Runtime:
