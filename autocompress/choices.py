@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from autocompress.progress import Progress
     from autocompress.task import CheckedTask
 
+# Where so many zeros win nothing, fewer do not either, and are not tried.
 SPARSITIES: tuple[SparsityName, ...] = (0.9, 0.5)
 # An error with a quarter of the outputs' power is a wrong result, not a rounded one: 8 bits everywhere gave 36 dB and
 # more, kernels that overflow a negative figure.
@@ -85,7 +86,8 @@ class Choices:
             if arithmetic != "fp32":
                 yield arithmetic, partial(self._arithmetic, arithmetic)
         for zeros in (*SPARSITIES, "2:4") if self._bench.profile.sparse_kernels else SPARSITIES:
-            yield sparse(zeros), partial(self._zeros, zeros)
+            if zeros == "2:4" or all(v.faster for v in self.verdicts if v.choice.startswith("sparsity")):
+                yield sparse(zeros), partial(self._zeros, zeros)
 
     def _precisions(self) -> None:
         """Each on all layers that may have it; where another one is faster there, on each family by itself."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SECONDS = 150.0
-FOR_CHOICES = 0.5  # of the time: what is left is for widths
+FOR_CHOICES = 0.6  # of the time: what is left is for widths
 
 
 def probe(
@@ -100,7 +100,7 @@ def probe(
 def _patient(profile: Profile) -> Profile:
     """A step of a stair is less than a candidate of a search is told apart by."""
     plan = profile.measure
-    longer = replace(plan, target_ci=plan.target_ci / 2, max_duration_s=2 * plan.max_duration_s)
+    longer = replace(plan, target_ci=plan.target_ci / 2, max_duration_s=3 * plan.max_duration_s)
     return replace(profile, measure=longer)
 
 
