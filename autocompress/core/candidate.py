@@ -58,10 +58,15 @@ def parse_sparsity(name: float | str) -> Sparsity | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChoice:
-    """What happens to one layer. 32 bits is float; 16-bit weights are float16 in the file, float32 when run."""
+    """What happens to one layer. 32 bits is float; 16-bit weights are float16 in the file, float32 when run.
+
+    Attributes:
+        dynamic: the runtime quantizes the activations itself, each time anew, with the range it sees.
+    """
 
     weight_bits: int = 32
     activation_bits: int = 32
+    dynamic: bool = False
     sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
@@ -73,28 +78,32 @@ class LayerChoice:
             raise InputError(
                 f"{self.precision}: quantized activations need quantized weights, `weight_bits` must be at most 8"
             )
+        if self.dynamic and self.activation_bits != 8:
+            raise InputError(f"{self.precision}: `dynamic` is about quantized activations, they have 8 bits")
 
     @property
     def precision(self) -> str:
-        """Short name: `fp32`, `w8a8`, `w4a32`."""
+        """Short name: `fp32`, `w8a8`, `w4a32`, or `w8d8` where activations are quantized at run time."""
         if self.weight_bits == self.activation_bits == 32:
             return "fp32"
-        return f"w{self.weight_bits}a{self.activation_bits}"
+        return f"w{self.weight_bits}{'d' if self.dynamic else 'a'}{self.activation_bits}"
 
     @property
-    def kernel(self) -> Literal["int8", "float"]:
+    def kernel(self) -> Literal["int8", "dynamic", "float"]:
         """Class of arithmetic the runtime uses: integer where activations are quantized."""
-        return "int8" if self.activation_bits == 8 else "float"
+        if self.activation_bits == 32:
+            return "float"
+        return "dynamic" if self.dynamic else "int8"
 
 
 def parse_precision(text: str) -> LayerChoice:
-    """`fp32` or `w<weight bits>a<activation bits>` as a LayerChoice."""
+    """`fp32`, `w<weight bits>a<activation bits>`, or with `d` for activations quantized at run time."""
     if text == "fp32":
         return LayerChoice()
-    match = re.fullmatch(r"w(\d+)a(\d+)", text)
+    match = re.fullmatch(r"w(\d+)([ad])(\d+)", text)
     if match is None:
-        raise InputError(f"a precision is 'fp32' or like 'w8a8' (weight and activation bits), got {text!r}")
-    return LayerChoice(weight_bits=int(match[1]), activation_bits=int(match[2]))
+        raise InputError(f"a precision is 'fp32' or like 'w8a8' (weight and activation bits) or 'w8d8', got {text!r}")
+    return LayerChoice(weight_bits=int(match[1]), activation_bits=int(match[3]), dynamic=match[2] == "d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ because channels that meet in an addition or a concatenation can only be cut tog
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from autocompress.core.candidate import (
@@ -240,12 +240,7 @@ class Space:
                 picked = str(shared if own == INHERIT else own)
                 precision = picked if picked in self.precisions[name] else self.precisions[name][0]
                 zeros = next((z for z in self.sparsities[name] if z == values.get(f"sparsity:{block}", 0.0)), 0.0)
-                choice = parse_precision(precision)
-                layers[name] = LayerChoice(
-                    weight_bits=choice.weight_bits,
-                    activation_bits=choice.activation_bits,
-                    sparsity=parse_sparsity(zeros),
-                )
+                layers[name] = replace(parse_precision(precision), sparsity=parse_sparsity(zeros))
         widths = {g: int(values[f"width:{g}"]) for g in self.widths if f"width:{g}" in values}
         full = {g.name: g.width for g in self.structure.groups}
         integer = any(choice.kernel == "int8" for choice in layers.values())

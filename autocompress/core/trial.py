@@ -95,6 +95,6 @@ class Trial:
             return None
         if self.role == "uniform-int8":
             return {}
-        integer = {name for name, choice in self.candidate.layers.items() if choice.kernel == "int8"}
+        integer = {name for name, choice in self.candidate.layers.items() if choice.kernel != "float"}
         asked = {True: _INTEGER, False: (self.candidate.float_precision,)}
         return {name: ran for name, ran in self.score.executed.items() if ran not in asked[name in integer]}

@@ -1,0 +1,392 @@
+"""Export to LiteRT: converted once for equal weights, each candidate one pass of the vendor's quantizer over that.
+
+Operators are found by a fingerprint of their weights, because their names do not follow those of the modules: the
+tensor a layer's operator gives is then named after the layer, which is how a recipe reaches it and how what ran is
+read back.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from autocompress.compress.quantize import ActivationStats, activation_scale
+from autocompress.core.artifact import Format, TensorSpec
+from autocompress.core.candidate import Calibrator, Candidate, LayerChoice
+from autocompress.core.errors import StageError, TaskError
+from autocompress.core.extras import require
+from autocompress.core.profile import Profile
+from autocompress.export.exporter import Batch, Lowered, Source, Watch
+from autocompress.export.flatbuffer import Flatbuffer, Op
+from autocompress.export.parity import FLOAT_TOLERANCE, float_difference
+
+WEIGHTED = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "EMBEDDING_LOOKUP"}
+JOINS = {
+    "ADD", "MUL", "CONCATENATION", "AVERAGE_POOL_2D", "MAX_POOL_2D", "MEAN", "RESHAPE", "TRANSPOSE", "PAD",
+}  # fmt: skip
+SAME = 0.999  # |cosine| of two channels of the same layer; BatchNorm folded in scales a channel, it does not turn it
+_STRIDE = 61
+_SAMPLES = 1 << 16
+_UNMAPPED = "its weight is not read by exactly one operator of the converted model"
+
+
+class TfliteExporter:
+    """Converts with litert-torch. Inputs keep the task's layout, the batch is one."""
+
+    format: Format = "tflite"
+    suffix = ".tflite"
+
+    def __init__(self, model: nn.Module, layers: list[str], source: Source, profile: Profile) -> None:  # noqa: ARG002
+        """See `exporter.MakesExporter`."""
+        self._layers = layers
+        self._source = source
+        try:
+            data = _convert(model, source)
+        except StageError as error:
+            raise TaskError(str(error)) from error
+        data, found = _named(data, model, layers, source)
+        self.unmapped: Mapping[str, str] = {name: _UNMAPPED for name in layers if name not in found}
+        self.difference = _difference(data, model, source)
+        if self.difference > FLOAT_TOLERANCE:
+            raise TaskError(_differs(self.difference))
+
+    def convert(self, model: nn.Module, topology: str) -> "TfliteFloat":  # noqa: ARG002 (every weight is converted anew)
+        """The model as a float flatbuffer."""
+        data, found = _named(_convert(model, self._source), model, self._layers, self._source)
+        if (difference := _difference(data, model, self._source)) > FLOAT_TOLERANCE:
+            raise StageError("export", _differs(difference))
+        return TfliteFloat(data, found, self._source)
+
+
+class TfliteFloat:
+    """A float flatbuffer, and what calibration saw of it."""
+
+    def __init__(self, data: bytes, layers: Mapping[str, str], source: Source) -> None:
+        """`layers` are those found in the file, with the kind of their operator."""
+        self._data = data
+        self._layers = layers
+        self._source = source
+        self._stats: dict[str, ActivationStats] | None = None
+        self._read = Flatbuffer(data)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """In the task's order."""
+        fed = self._read.fed()
+        return tuple(self._spec(name, fed[name]) for name in self._source.sample)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """In the task's order."""
+        given = self._read.given()
+        return tuple(self._spec(name, given[name]) for name in self._source.outputs)
+
+    def lower(self, candidate: Candidate, watch: Watch) -> Lowered:
+        """The file quantized as the candidate says, its types read back."""
+        layers = {name: choice for name, choice in candidate.layers.items() if name in self._layers}
+        static = {name for name, choice in layers.items() if choice.kernel == "int8"}
+        if not any(choice.precision != "fp32" for choice in layers.values()):
+            return Lowered(data=self._data)
+        if static and self._stats is None:
+            with watch("calibrate"):
+                self._stats = collect_stats(self._data, self._source)
+        with watch("export"):
+            calibrator = candidate.recipe.calibrator
+            ranges = {n: _range(n, s, calibrator) for n, s in (self._stats or {}).items()} if static else None
+            data = quantized(self._data, self._recipe(layers, static), ranges)
+            check_types(data, layers)
+        return Lowered(data=data)
+
+    def vendor_int8(self, watch: Watch) -> Lowered:
+        """litert-quantizer's own static recipe with its own calibration, over all operators it can quantize."""
+        with watch("export"), quiet():
+            quantizer = require("litert_quantizer.quantizer", "tflite")
+            recipes = require("litert_quantizer.recipe", "tflite")
+            types = require("litert_quantizer.qtyping", "tflite")
+            try:
+                tool = quantizer.Quantizer(bytearray(self._data), recipes.static_wi8_ai8())
+                for end in ("INPUT", "OUTPUT"):  # a user's data comes in float and leaves in float
+                    tool.update_quantization_recipe(".*", types.TFLOperationName(end), algorithm_key="no_quantize")
+                items = [_feeds(batch, self._read) for batch in self._source.calibration(1)]
+                ranges = tool.calibrate({"serving_default": items}, num_threads=1)
+                return Lowered(data=bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
+            except Exception as error:  # a tool of many layers; what it raises is the answer
+                raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+
+    def _recipe(self, layers: Mapping[str, LayerChoice], static: set[str]) -> "list[tuple[str, str, LayerChoice]]":
+        """Tensor name, kind of operator, and choice, for layers and for what joins integer ones."""
+        found = [(name, self._layers[name], choice) for name, choice in layers.items() if choice.precision != "fp32"]
+        int8 = LayerChoice(weight_bits=8, activation_bits=8)
+        return found + [(self._read.name(op.outputs[0]), op.kind, int8) for op in joins(self._read, static)]
+
+    def _spec(self, name: str, tensor: int) -> TensorSpec:
+        return TensorSpec(name=name, dtype=self._read.dtype(tensor).lower(), shape=self._read.shape(tensor))
+
+
+def joins(graph: Flatbuffer, layers: set[str]) -> list[Op]:
+    """Operators without weights that run on integers when `layers` do: all they read is integer, and so is a reader."""
+    made: set[int] = set()
+    found: list[Op] = []
+    ops = list(graph.ops())
+    for op in ops:
+        read = [i for i in op.inputs if i >= 0 and not graph.is_constant(i)]
+        constants = [i for i in op.inputs if i >= 0 and graph.is_constant(i) and graph.dtype(i) == "FLOAT32"]
+        if graph.name(op.outputs[0]) in layers and op.kind in WEIGHTED:
+            made.update(op.outputs)
+        elif op.kind in JOINS and read and made.issuperset(read) and not constants:
+            made.update(op.outputs)
+            found.append(op)
+    wanted = {i for op in ops if graph.name(op.outputs[0]) in layers for i in op.inputs}
+    kept = []
+    for op in reversed(found):
+        if wanted.intersection(op.outputs):
+            wanted.update(op.inputs)
+            kept.append(op)
+    return kept[::-1]
+
+
+def quantized(data: bytes, recipe: "list[tuple[str, str, LayerChoice]]", ranges: Mapping[str, Any] | None) -> bytes:
+    """`data` with each named operator quantized.
+
+    Raises:
+        StageError: the quantizer does not know that precision for that operator, or fails.
+    """
+    with quiet():
+        quantizer = require("litert_quantizer.quantizer", "tflite")
+        try:
+            tool = quantizer.Quantizer(bytearray(data))
+            for name, kind, choice in recipe:
+                _configure(tool, f"^{re.escape(name)};", kind, choice)
+            return bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model)
+        except StageError:
+            raise
+        except Exception as error:  # a tool of many layers; what it raises is the answer
+            raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+
+
+def _configure(tool: Any, regex: str, kind: str, choice: LayerChoice) -> None:
+    types = require("litert_quantizer.qtyping", "tflite")
+    name, bits = types.TFLOperationName(kind), choice.weight_bits
+    if choice.weight_bits == 16:
+        half = types.TensorQuantizationConfig(num_bits=16, dtype=types.TensorDataType.FLOAT)
+        config = types.OpQuantizationConfig(
+            weight_tensor_config=half, compute_precision=types.ComputePrecision.FLOAT, explicit_dequantize=True
+        )
+        tool.update_quantization_recipe(regex, name, config, algorithm_key="float_casting")
+    elif choice.dynamic or kind == "EMBEDDING_LOOKUP":  # rows of a table are widened as they are looked up
+        tool.add_dynamic_config(regex, name, bits)
+    elif choice.activation_bits == 8:
+        tool.add_static_config(regex, name, 8, bits)
+    else:
+        tool.add_weight_only_config(regex, name, bits)
+
+
+def check_types(data: bytes, layers: Mapping[str, LayerChoice]) -> None:
+    """Raise StageError unless each layer's weight is stored, and its input given, in the type that was chosen."""
+    graph = Flatbuffer(data)
+    makers = {index: op for op in graph.ops() for index in op.outputs}
+    named = {_layer(graph.name(op.outputs[0])): op for op in graph.ops() if op.kind in WEIGHTED}
+    for name, choice in layers.items():
+        if name not in named:
+            raise StageError("export", f"layer {name!r} is not in the quantized file")
+        op = named[name]
+        table = op.kind == "EMBEDDING_LOOKUP"
+        weight, read = op.inputs[1], op.inputs[0]
+        if weight in makers and makers[weight].kind == "DEQUANTIZE":
+            weight = makers[weight].inputs[0]
+        stored = {32: "FLOAT32", 16: "FLOAT16", 8: "INT8", 4: "INT4"}.get(choice.weight_bits, "none")
+        fed = "INT8" if choice.kernel == "int8" else "FLOAT32"
+        got = (graph.dtype(weight), graph.dtype(read))
+        if got[0] != stored or (not table and got[1] != fed):
+            raise StageError(
+                "export",
+                f"layer {name!r}: {choice.precision} was asked for, the file has {got[0]} weights, {got[1]} in",
+            )
+
+
+def collect_stats(data: bytes, source: Source) -> dict[str, ActivationStats]:
+    """Statistics of every float tensor that is computed or fed, by name, over the calibration items."""
+    graph = Flatbuffer(data)
+    interpreter = _interpreter(data, keep=True)
+    names = {d["index"]: d["name"] for d in interpreter.get_tensor_details() if d["dtype"] is np.float32}
+    fed = {index for index, name in names.items() if index in graph.fed().values()}
+    made = {index for op in graph.ops() for index in op.outputs}
+    watched = [index for index in names if index in made | fed]
+    seen: dict[int, list[NDArray[Any]]] = {index: [] for index in watched}
+    low, high = dict.fromkeys(watched, np.inf), dict.fromkeys(watched, -np.inf)
+    for batch in source.calibration(1):
+        _invoke(interpreter, graph, _feeds(batch, graph))
+        for index in watched:
+            value = interpreter.get_tensor(index).reshape(-1)
+            low[index] = min(low[index], float(value.min()))
+            high[index] = max(high[index], float(value.max()))
+            seen[index].append(value[:: min(_STRIDE, max(1, len(value) // 16))])
+    return {
+        graph.name(index): ActivationStats(low=low[index], high=high[index], sample=_thin(np.concatenate(seen[index])))
+        for index in watched
+    }
+
+
+def _thin(sample: NDArray[Any]) -> NDArray[Any]:
+    return sample[:: max(1, len(sample) // _SAMPLES)]
+
+
+def _range(name: str, stats: ActivationStats, calibrator: Calibrator) -> dict[str, Any]:
+    """What the quantizer takes for a tensor's range."""
+    found = activation_scale(stats, calibrator, name)
+    low = -found.zero_point * found.scale
+    return {
+        "min": np.array([low], np.float32).reshape(1),
+        "max": np.array([low + 255 * found.scale], np.float32).reshape(1),
+    }
+
+
+def _named(data: bytes, model: nn.Module, layers: Sequence[str], source: Source) -> tuple[bytes, dict[str, str]]:
+    """The file with its layers' tensors, inputs and outputs named as the task does; layers found, with their kinds."""
+    graph = Flatbuffer(data)
+    found = find_layers(graph, model, layers)
+    graph.rename({op.outputs[0]: name for name, op in found.items()})
+    keys = graph.fed()
+    if source.by_keyword:
+        names = {key: key for key in keys}
+    else:
+        names = {f"args_{i}": name for i, name in enumerate(source.sample)}
+    graph.signature(names, source.outputs)
+    return graph.data(), {name: op.kind for name, op in found.items()}
+
+
+def find_layers(graph: Flatbuffer, model: nn.Module, layers: Sequence[str]) -> dict[str, Op]:
+    """The operator of each layer that exactly one operator can be, and that no other layer can be."""
+    ops = [
+        (op, channels)
+        for op in graph.ops()
+        if op.kind in WEIGHTED and (channels := _op_channels(graph, op)) is not None
+    ]
+    matches = {
+        name: [op for op, rows in ops if _same(_layer_channels(model.get_submodule(name)), rows)] for name in layers
+    }
+    claimed: dict[int, list[str]] = {}
+    for name, found in matches.items():
+        for op in found:
+            claimed.setdefault(op.outputs[0], []).append(name)
+    return {n: f[0] for n, f in matches.items() if len(f) == 1 and len(claimed[f[0].outputs[0]]) == 1}
+
+
+def _op_channels(graph: Flatbuffer, op: Op) -> NDArray[Any] | None:
+    weight = graph.constant(op.inputs[1])
+    if weight is None:
+        return None
+    if op.kind == "DEPTHWISE_CONV_2D":
+        weight = np.moveaxis(weight, 3, 0)
+    return _unit(weight.reshape(len(weight), -1))
+
+
+def _layer_channels(layer: nn.Module) -> NDArray[Any]:
+    weight = layer.get_parameter("weight").detach().cpu().numpy()
+    if weight.ndim > 2:
+        weight = np.moveaxis(weight, 1, -1)
+    return _unit(weight.reshape(len(weight), -1))
+
+
+def _unit(rows: NDArray[Any]) -> NDArray[Any]:
+    """Rows of length one; a row of zeros stays."""
+    wide = rows.astype(np.float64)
+    unit: NDArray[Any] = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _same(layer: NDArray[Any], op: NDArray[Any]) -> bool:
+    if layer.shape != op.shape:
+        return False
+    cosines = np.abs((layer * op).sum(1))[(layer**2).sum(1) > 0.5]
+    return bool(len(cosines)) and float(np.median(cosines)) > SAME
+
+
+def _convert(model: nn.Module, source: Source) -> bytes:
+    """Raises StageError where the converter cannot."""
+    item = {name: tensor[:1] for name, tensor in source.sample.items()}
+    args, kwargs = ((), item) if source.by_keyword else (tuple(item.values()), {})
+    with quiet():
+        converter = require("litert_torch", "tflite")
+        try:
+            return bytes(converter.convert(model, args, kwargs).model_content())
+        except Exception as error:  # a compiler's whole zoo
+            first = next(iter(str(error).strip().splitlines()), "")
+            text = f"litert-torch cannot convert the model: {type(error).__name__}: {first}"
+            raise StageError("export", text) from error
+
+
+def _difference(data: bytes, model: nn.Module, source: Source) -> float:
+    """Largest difference to torch on an item, relative to the largest output."""
+    item = {name: tensor[:1] for name, tensor in source.sample.items()}
+    with torch.no_grad():
+        wanted = source.run(model, item)
+    graph = Flatbuffer(data)
+    got = _invoke(_interpreter(data), graph, _feeds(item, graph))
+    return float_difference([got[name] for name in wanted], [t.numpy() for t in wanted.values()])
+
+
+def _interpreter(data: bytes, *, keep: bool = False) -> Any:
+    with quiet():
+        module = require("ai_edge_litert.interpreter", "tflite")
+        made = module.Interpreter(model_content=data, num_threads=1, experimental_preserve_all_tensors=keep)
+        made.allocate_tensors()
+    return made
+
+
+def _invoke(interpreter: Any, graph: Flatbuffer, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    for name, index in graph.fed().items():
+        interpreter.set_tensor(index, feeds[name])
+    interpreter.invoke()
+    return {name: interpreter.get_tensor(index).copy() for name, index in graph.given().items()}
+
+
+def _feeds(batch: Batch, graph: Flatbuffer) -> dict[str, NDArray[Any]]:
+    """A batch in the types of the file: the converter makes 32-bit integers of those of 64 bits."""
+    types = {name: np.dtype(graph.dtype(index).lower()) for name, index in graph.fed().items()}
+    return {name: tensor.numpy().astype(types[name], copy=False) for name, tensor in batch.items()}
+
+
+def _layer(name: str) -> str:
+    """A layer's name from that of its tensor: the quantizer renames what it splits."""
+    return re.sub(r"(_dequant|_quantized)+$", "", name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence of tools that speak of their progress, and of packages they have no use for, natively too."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        logging.disable(level)
+
+
+def _differs(difference: float) -> str:
+    return (
+        f"the converted file does not compute what the torch model does: outputs differ by {difference:.2g} of their "
+        f"largest value, at most {FLOAT_TOLERANCE:g} is accepted"
+    )
