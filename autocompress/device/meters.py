@@ -37,6 +37,22 @@ def peak_memory(proc: Path = _SELF) -> int:
     return _status(proc, "VmHWM")
 
 
+def memory_added(runtime: str, options: Options) -> Callable[[], int]:
+    """Start counting memory: what it gives later is the most that was added since, bytes.
+
+    Of the GPU's where this runtime computes there (that of all its programs: nothing else may load meanwhile), of this
+    process's elsewhere.
+
+    Raises:
+        StageError: there is nothing to read it from; stage "memory".
+    """
+    if _on_gpu(runtime, options):
+        used = cuda.used_memory()
+        return lambda: cuda.used_memory() - used
+    before = reset_peak_memory()
+    return lambda: peak_memory() - before
+
+
 def _status(proc: Path, key: str) -> int:
     for line in (proc / "status").read_text(encoding="ascii", errors="replace").splitlines():
         name, _, value = line.partition(":")
@@ -47,11 +63,16 @@ def _status(proc: Path, key: str) -> int:
 
 def energy_counter(runtime: str, options: Options, powercap: Path = POWERCAP) -> EnergyCounter | str:
     """What counts the energy of the device that this runtime uses with these options, or why nothing does."""
-    if runtime == "tensorrt" or options.get("provider", "cpu") != "cpu":
+    if _on_gpu(runtime, options):
         return _gpu_counter()
     if runtime == "openvino" and str(options.get("device", "CPU")).partition(".")[0] != "CPU":
         return f"RAPL counts the processor's packages, and nothing here counts OpenVINO's {options['device']} alone"
     return rapl_counter(powercap)
+
+
+def _on_gpu(runtime: str, options: Options) -> bool:
+    """Whether it is NVIDIA's GPU that this runtime computes on with these options."""
+    return runtime == "tensorrt" or options.get("provider", "cpu") != "cpu"
 
 
 def _gpu_counter() -> EnergyCounter | str:

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from autocompress.core.errors import StageError
-from autocompress.device.meters import energy_counter, energy_mj, peak_memory, rapl_counter, reset_peak_memory
+from autocompress.device import cuda
+from autocompress.device.meters import (
+    energy_counter,
+    energy_mj,
+    memory_added,
+    peak_memory,
+    rapl_counter,
+    reset_peak_memory,
+)
+from tests.device.nvidia import install
 
 MB = 1_000_000
 
@@ -88,6 +97,24 @@ def test_energy_that_may_not_be_read_is_a_reason(tmp_path: Path) -> None:
     (zone / "energy_uj").unlink()
     (zone / "energy_uj").mkdir()  # unreadable for root too
     assert "is not readable" in str(rapl_counter(tmp_path))
+
+
+def test_memory_of_a_gpu_is_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = install(monkeypatch)
+    added = memory_added("tensorrt", {})
+    cuda.Stream().buffer("x", 4096)
+    assert added() == 4096
+    gpu.status["cudaMemGetInfo"] = 35
+    with pytest.raises(StageError, match="cudaMemGetInfo fails") as caught:
+        memory_added("onnxruntime", {"provider": "cuda"})
+    assert caught.value.stage == "memory"
+
+
+def test_memory_elsewhere_is_the_processs() -> None:
+    added = memory_added("onnxruntime", {})
+    held = bytearray(50 * MB)
+    assert 49 * MB < added() < 100 * MB
+    assert len(held) == 50 * MB
 
 
 def test_packages_are_not_taken_for_another_device(tmp_path: Path) -> None:
