@@ -125,6 +125,8 @@ def search(
         with run.lock(), Signals().installed() as signals:
             shown.stage(f"preparing {run.config.task_name} for {profile.name}")
             with _evaluator(checked, run, hosts[0]) as evaluator:
+                for what, why in evaluator.space.dropped.items():
+                    shown.note(f"not searched: {what}: {why}")
                 conduct(
                     evaluator,
                     run,

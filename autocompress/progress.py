@@ -43,6 +43,9 @@ class Progress(Protocol):
     def stage(self, text: str) -> None:
         """Something other than a trial begins."""
 
+    def note(self, text: str) -> None:
+        """Something worth knowing, to be read at leisure."""
+
     def trial(self, trial: Trial, status: Status) -> None:
         """A trial was finished and is in the record."""
 
@@ -54,6 +57,9 @@ class Silent:
     """Shows nothing."""
 
     def stage(self, text: str) -> None:
+        """Ignored."""
+
+    def note(self, text: str) -> None:
         """Ignored."""
 
     def trial(self, trial: Trial, status: Status) -> None:
@@ -75,6 +81,10 @@ class Lines:
         """One line."""
         self._flush()
         self._print(text)
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.stage(text)
 
     def trial(self, trial: Trial, status: Status) -> None:
         """One line, unless the last one was just now."""
@@ -113,6 +123,10 @@ class LiveView:
     def stage(self, text: str) -> None:
         """Shown below the table until a trial is finished."""
         self._stage = text
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the table."""
+        self._live.console.print(text, markup=False, highlight=False)
 
     def trial(self, trial: Trial, status: Status) -> None:
         """Redrawn at the next tick."""
