@@ -109,8 +109,7 @@ class Builder:
         key = candidate.weights_key
         if key not in self._floats:
             model = self._compress(candidate, watch)
-            with watch("export"):
-                self._floats[key] = self._exporter.convert(model, _topology(candidate))
+            self._floats[key] = self._exporter.convert(model, _topology(candidate), watch)
             if len(self._floats) > _KEPT:
                 self._floats.popitem(last=False)
         self._floats.move_to_end(key)

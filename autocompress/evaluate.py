@@ -87,7 +87,7 @@ class Evaluator:
             if role == "fp32":
                 self._reference = made[0]
             figures = self._accuracy_of(made[0], watch)
-            key = _latency_key(candidate, role)
+            key = self._latency_key(candidate, role)
             if key not in self._latency:
                 measured.append(self._measure(made[0], watch))
                 executed = self._executed(made[0], watch)
@@ -246,6 +246,15 @@ class Evaluator:
         names = {layer.name for layer in self.structure.layers}
         return None if found is None else {name: what for name, what in found.items() if name in names}
 
+    def _latency_key(self, candidate: Candidate, role: Role) -> str:
+        """Files of equal kernels share a latency; the vendor's file has kernels of its own.
+
+        ONNX Runtime widens stored weights while it loads; in the other runtimes bits decide which kernel runs.
+        """
+        if role == "uniform-int8":
+            return role
+        return candidate.kernel_key if self._profile.runtime == "onnxruntime" else candidate.precision_key
+
     def _score(self, artifact: Artifact, latency: "_Latency", figures: Mapping[str, Any]) -> Score:
         if self._reference_ms is None:
             raise StageError("measure", "fp32 was not measured, there is nothing to relate a latency to")
@@ -301,7 +310,7 @@ class Evaluator:
         )
         if trial.measurement is not None:
             self._latency.setdefault(
-                _latency_key(trial.candidate, trial.role), _Latency.of(trial.measurement, score.executed)
+                self._latency_key(trial.candidate, trial.role), _Latency.of(trial.measurement, score.executed)
             )
 
 
@@ -337,8 +346,3 @@ class _Latency:
             ratio_ci=measurement.ratio_ci,
             executed=executed,
         )
-
-
-def _latency_key(candidate: Candidate, role: Role) -> str:
-    """Files of equal kernels share a latency; the vendor's file has kernels of its own."""
-    return "uniform-int8" if role == "uniform-int8" else candidate.kernel_key

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 WIDTH_RATIOS = (1.0, 0.75, 0.5, 0.25)
 FINAL_POINTS = 16
 UNIFORM_FLOATS: Mapping[str, Role] = {"fp16": "uniform-fp16", "bf16": "uniform-bf16"}
-# Time in these stages goes through the model: on data (training, calibrating, scoring) or timed. The rest is overhead.
-WORK = ("settle", "recover", "calibrate", "score", "interval", "measure", "finalise")
+# In these stages a model or a file runs: on data (training, calibrating, scoring, checking, reading back) or timed.
+# The rest is overhead.
+WORK = ("settle", "recover", "calibrate", "check", "score", "interval", "measure", "read back", "finalise")
 
 
 class CandidateEvaluator(Protocol):

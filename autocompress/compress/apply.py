@@ -109,7 +109,8 @@ def _two_of_four(weight: torch.Tensor, name: str) -> torch.Tensor:
     """
     if weight.shape[1] % 4:
         raise StageError("compress", f"layer {name!r} cannot be 2:4 sparse: it has {weight.shape[1]} input channels")
-    fours = weight.movedim(1, -1).unflatten(-1, (-1, 4)).abs()
+    last = weight.movedim(1, -1)
+    fours = last.reshape(*last.shape[:-1], -1, 4).abs()
     largest = fours.argsort(dim=-1, descending=True, stable=True)[..., :2]
     keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, largest, True)
     return keep.flatten(-2).movedim(-1, 1)

@@ -174,6 +174,19 @@ class Candidate:
             name: f"{choice.kernel} 2:4" if choice.sparsity and choice.sparsity.pattern == "2:4" else choice.kernel
             for name, choice in self.layers.items()
         }
-        kernels = {name: kernel for name, kernel in kernels.items() if kernel != "float"}
+        return self._key({name: kernel for name, kernel in kernels.items() if kernel != "float"})
+
+    @property
+    def precision_key(self) -> str:
+        """As kernel_key, for runtimes in which the bits decide too."""
+        kernels = {
+            name: f"{choice.precision} 2:4"
+            if choice.sparsity and choice.sparsity.pattern == "2:4"
+            else choice.precision
+            for name, choice in self.layers.items()
+        }
+        return self._key({name: kernel for name, kernel in kernels.items() if kernel != "fp32"})
+
+    def _key(self, kernels: Mapping[str, str]) -> str:
         text = json.dumps([self.student, dict(self.widths), kernels, self.float_precision])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -55,7 +55,7 @@ class FloatModel(Protocol):
         """In the task's order."""
 
     def lower(self, candidate: Candidate, watch: Watch) -> Lowered:
-        """The file of a candidate; stages "calibrate" and "export".
+        """The file of a candidate; stages "calibrate", "export" and "check".
 
         Raises:
             StageError: it cannot be made, or does not compute what it should.
@@ -84,8 +84,8 @@ class Exporter(Protocol):
     unmapped: Mapping[str, str]
     difference: float
 
-    def convert(self, model: nn.Module, topology: str) -> FloatModel:
-        """The model in float; models of equal `topology` differ in weights only.
+    def convert(self, model: nn.Module, topology: str, watch: Watch) -> FloatModel:
+        """The model in float; models of equal `topology` differ in weights only. Stages "export" and "check".
 
         Raises:
             StageError: it cannot be exported, or its outputs differ from torch's; stage "export".

@@ -51,21 +51,25 @@ class OnnxExporter:
         if self.difference > FLOAT_TOLERANCE:
             raise TaskError(_differs(self.difference))
 
-    def convert(self, model: nn.Module, topology: str) -> "OnnxFloat":
+    def convert(self, model: nn.Module, topology: str, watch: Watch) -> "OnnxFloat":
         """The model as a graph: of the original's template, or where sizes are baked into that, of its own."""
         if topology not in self._templates and set(self._original.weights) <= _names(model):
             with contextlib.suppress(StageError):  # a size baked into the graph: ONNX Runtime refuses the cut weights
-                return self._filled(self._original, model)
+                return self._filled(self._original, model, watch)
         if topology not in self._templates:
-            self._templates[topology] = self._export(model)
+            with watch("export"):
+                self._templates[topology] = self._export(model)
             if len(self._templates) > _KEPT:
                 self._templates.popitem(last=False)
         self._templates.move_to_end(topology)
-        return self._filled(self._templates[topology], model)
+        return self._filled(self._templates[topology], model, watch)
 
-    def _filled(self, template: Template, model: nn.Module) -> "OnnxFloat":
-        graph = template.fill(model)
-        if (difference := self._difference(template, graph, model)) > FLOAT_TOLERANCE:
+    def _filled(self, template: Template, model: nn.Module, watch: Watch) -> "OnnxFloat":
+        with watch("export"):
+            graph = template.fill(model)
+        with watch("check"):
+            difference = self._difference(template, graph, model)
+        if difference > FLOAT_TOLERANCE:
             raise StageError("export", _differs(difference))
         return OnnxFloat(template, graph, self._source, self._profile, self._checked)
 
@@ -115,7 +119,8 @@ class OnnxFloat:
                 self._stats = collect_stats(self._graph, self._template.nodes, self._batches())
         with watch("export"):
             data = to_bytes(self._lowered(layers, candidate))
-            if integer and self._profile.dialect == "uint8" and candidate.kernel_key not in self._checked:
+        if integer and self._profile.dialect == "uint8" and candidate.kernel_key not in self._checked:
+            with watch("check"):
                 items = CHECKED_ITEMS if self._template.dynamic_batch else 1
                 check_optimised(data, _feeds(next(self._source.calibration(items))))
                 self._checked.add(candidate.kernel_key)

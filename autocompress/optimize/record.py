@@ -55,8 +55,8 @@ class FastStorage(RDBStorage):
     """Optuna's database storage, writing a trial's parameters in one statement, and its attributes in another.
 
     The original asks the database for each of them whether the trial may still be written and whether it is there
-    already, or earlier trials knew the same choices: 0.16 s for a trial of 125 parameters, against 0.02 s. Here a trial is
-    written once and the study says which choices it was made for. Where Optuna renames what is replaced here, the
+    already, or earlier trials knew the same choices: 0.16 s for a trial of 125 parameters, against 0.02 s. Here a trial
+    is written once and the study says which choices it was made for. Where Optuna renames what is replaced here, the
     original comes back, and is only slower.
     """
 
