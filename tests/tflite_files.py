@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Shape = Sequence[int | None]
 
-_TYPES = {"float32": "FLOAT32", "float16": "FLOAT16", "int8": "INT8", "int32": "INT32", "int64": "INT64"}
+_TYPES = {
+    "float32": "FLOAT32",
+    "float16": "FLOAT16",
+    "int8": "INT8",
+    "int16": "INT16",
+    "int32": "INT32",
+    "int64": "INT64",
+}
 
 
 class Graph:
@@ -34,7 +41,7 @@ class Graph:
         made: Any = schema.TensorT()
         made.name, made.type = name, getattr(schema.TensorType, _TYPES[dtype])
         made.shape = [1 if n is None else n for n in shape]
-        if None in shape:
+        if None in shape:  # written with the size that it has at first
             made.shapeSignature = [-1 if n is None else n for n in shape]
         if scale is not None:
             made.quantization = schema.QuantizationParametersT()
@@ -59,7 +66,7 @@ class Graph:
         code = getattr(schema.BuiltinOperator, kind)
         if code not in self._codes:
             entry: Any = schema.OperatorCodeT()
-            entry.builtinCode, entry.deprecatedBuiltinCode, entry.version = code, min(code, 127), 3
+            entry.builtinCode, entry.deprecatedBuiltinCode, entry.version = code, min(code, 127), 1
             self._codes.append(code)
             self._model.operatorCodes.append(entry)
         made: Any = schema.OperatorT()
@@ -75,14 +82,22 @@ class Graph:
         self._graph.operators.append(made)
         return output
 
-    def write(self, path: Path, inputs: dict[str, str], outputs: dict[str, str]) -> Path:
-        """The file; `inputs` and `outputs` are tensors by the names that the signature gives them."""
+    def write(
+        self, path: Path, inputs: dict[str, str], outputs: dict[str, str], *, signature: bool = True, size: int = 1
+    ) -> Path:
+        """The file; `inputs` and `outputs` are tensors by the names that the signature gives them, where it has one.
+
+        Free sizes are `size` until somebody says otherwise.
+        """
+        for tensor in self._graph.tensors:
+            if tensor.shapeSignature is not None:
+                tensor.shape = [size if n < 0 else n for n in tensor.shapeSignature]
         self._graph.inputs = [self._tensors[name] for name in inputs.values()]
         self._graph.outputs = [self._tensors[name] for name in outputs.values()]
-        signature: Any = schema.SignatureDefT()
-        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
-        signature.inputs, signature.outputs = self._maps(inputs), self._maps(outputs)
-        self._model.signatureDefs, self._model.subgraphs = [signature], [self._graph]
+        names: Any = schema.SignatureDefT()
+        names.signatureKey, names.subgraphIndex = "serving_default", 0
+        names.inputs, names.outputs = self._maps(inputs), self._maps(outputs)
+        self._model.signatureDefs, self._model.subgraphs = [names] if signature else [], [self._graph]
         builder = Builder(1024)
         builder.Finish(self._model.Pack(builder), b"TFL3")
         path.write_bytes(bytes(builder.Output()))
@@ -97,7 +112,7 @@ class Graph:
         return made
 
 
-def write_linear(path: Path, weight: Array, bias: Array, batch: int | None = None) -> Path:
+def write_linear(path: Path, weight: Array, bias: Array, *, batch: int | None = None, signature: bool = True) -> Path:
     """output = input @ weight + bias, one FULLY_CONNECTED whose output tensor is named `layers.0.fc`."""
     graph = Graph()
     graph.tensor("args_0", (batch, weight.shape[0]))
@@ -105,7 +120,7 @@ def write_linear(path: Path, weight: Array, bias: Array, batch: int | None = Non
     graph.constant("b", bias)
     graph.tensor("layers.0.fc", (batch, weight.shape[1]))
     graph.operator("FULLY_CONNECTED", ["args_0", "w", "b"], "layers.0.fc", "FullyConnected", keepNumDims=True)
-    return graph.write(path, {"input": "args_0"}, {"output": "layers.0.fc"})
+    return graph.write(path, {"input": "args_0"}, {"output": "layers.0.fc"}, signature=signature)
 
 
 MIXED_PRECISIONS = {"layers.0.conv": "int8", "layers.1.conv": "fp32", "fc": "int8", "head": "fp32", "stored": "fp32"}
@@ -148,3 +163,36 @@ def write_mixed(path: Path) -> Path:
     graph.tensor("stored", (None, 3))
     graph.operator("FULLY_CONNECTED", ["head", "d4"], "stored", "FullyConnected")
     return graph.write(path, {"input": "args_0"}, {"output": "stored"})
+
+
+def write_convs(path: Path, layers: int = 2) -> Path:
+    """input (batch, 8, 8, 3) → float 3×3 convolutions `layers.<i>.conv` of 3 channels with ReLU → output."""
+    rng = np.random.default_rng(0)
+    graph = Graph()
+    value = graph.tensor("args_0", (None, 8, 8, 3))
+    for i in range(layers):
+        inputs = [value, graph.constant(f"w{i}", rng.normal(0, 0.3, size=(3, 3, 3, 3)).astype(np.float32))]
+        inputs.append(graph.constant(f"b{i}", np.full(3, 0.1, np.float32)))
+        value = graph.tensor(f"layers.{i}.conv", (None, 8, 8, 3))
+        graph.operator(
+            "CONV_2D",
+            inputs,
+            value,
+            "Conv2D",
+            strideH=1,
+            strideW=1,
+            fusedActivationFunction=schema.ActivationFunctionType.RELU,
+        )
+    return graph.write(path, {"input": "args_0"}, {"output": value})
+
+
+def write_cut(path: Path) -> Path:
+    """input (batch, 8, 8, 3) → abs → cumulative sum, which XNNPACK does not run → abs → output."""
+    graph = Graph()
+    value = graph.tensor("args_0", (None, 8, 8, 3))
+    for i, kind in enumerate(("ABS", "CUMSUM", "ABS")):
+        output = graph.tensor(f"y{i}", (None, 8, 8, 3))
+        inputs = [value, graph.constant("axis", np.array(1, np.int32))] if kind == "CUMSUM" else [value]
+        graph.operator(kind, inputs, output, "Cumsum" if kind == "CUMSUM" else "")
+        value = output
+    return graph.write(path, {"input": "args_0"}, {"output": value})

@@ -94,6 +94,27 @@ class Machine:
         quota, period = (self.text(f"sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
         return int(quota) / int(period) if quota and period and int(quota) > 0 else None
 
+    @property
+    def emulator(self) -> str | None:
+        """The program that acts as another kind of processor for this one; None where the processor itself runs it.
+
+        qemu-user speaks for the guest in /proc/self, and not in /proc/thread-self (its linux-user/syscall.c): the
+        program that is really there is made for another processor than the one that believes to be.
+        """
+        real, claimed = (self.root / "proc" / name / "exe" for name in ("thread-self", "self"))
+        try:
+            if _elf_machine(real) == _elf_machine(claimed):
+                return None
+        except OSError:
+            return None
+        return real.resolve().name
+
+
+def _elf_machine(program: Path) -> bytes:
+    """For which processor a program is: `e_machine` in the header of an ELF file (man 5 elf)."""
+    with program.open("rb") as file:
+        return file.read(20)[18:]
+
 
 def _core_name(implementer: str, part: str) -> str:
     known = _ARM_CORES.get(part) if implementer == _ARM_LTD else None
@@ -114,6 +135,7 @@ def fingerprint(runtime: str, version: str, machine: Machine | None = None) -> F
     facts: dict[str, str | None] = {
         "cpu_model": machine.cpu_model,
         "arch": platform.machine(),
+        "emulator": machine.emulator,
         "cores": str(usable_cores()),
         "cpu_quota": None if quota is None else f"{quota:g}",
         "flags": " ".join(f for f in _FLAGS if f in flags),

@@ -50,7 +50,7 @@ _ERRORS = (ValueError, RuntimeError)
 class LiteRt:
     """The interpreter of `ai-edge-litert`, or of `tflite-runtime` where that alone works.
 
-    Options: `threads` (1), `xnnpack` (whether XNNPACK's kernels run what they can, which is the vendor's default; true).
+    Options: `threads` (1), `xnnpack` (whether XNNPACK's kernels run what they can; true, the vendor's default).
     """
 
     def available(self) -> Availability:
@@ -112,7 +112,7 @@ class LiteRtSession:
         feed, invoke, fetch = interpreter.set_tensor, interpreter.invoke, interpreter.get_tensor
 
         def call() -> dict[str, Array]:
-            if self._shapes != shapes:
+            if self._shapes != shapes:  # another size came in between
                 self._resize(shapes)
             try:
                 for index, array in feeds:
@@ -140,14 +140,14 @@ class LiteRtSession:
         self._interpreter = None
 
     def _resize(self, shapes: Mapping[int, tuple[int, ...]]) -> None:
-        changed = {index: shape for index, shape in shapes.items() if self._shapes[index] != shape}
-        if changed:
-            self._shapes = {}
-            with _stage("load"):
-                for index, shape in shapes.items():
-                    self._interpreter.resize_tensor_input(index, shape)
-                self._interpreter.allocate_tensors()
-            self._shapes = dict(shapes)
+        if self._shapes == shapes:
+            return
+        self._shapes = {}  # of nobody, until all went well
+        with _stage("load"):
+            for index, shape in shapes.items():
+                self._interpreter.resize_tensor_input(index, shape)
+            self._interpreter.allocate_tensors()
+        self._shapes = dict(shapes)
 
 
 def delegates(session: LiteRtSession) -> int:
@@ -165,7 +165,7 @@ def _count_delegates(interpreter: Any) -> int:
 @functools.cache
 def _package() -> tuple[str, Any]:
     """The first package that can make an interpreter, and its module."""
-    reasons = []
+    reasons: list[str] = []
     for name, load in _PACKAGES.items():
         try:
             module = load()

@@ -210,6 +210,10 @@ class WorkerHost:
         result = self._ask(self._job("executed", [artifact], inputs))
         return None if result is None else {str(k): str(v) for k, v in result.items()}
 
+    def diagnose(self, artifact: Artifact, inputs: Path) -> dict[str, str]:
+        """What the runtime noticed of how the file runs (see `TellsDiagnosis`); empty where it tells nothing."""
+        return {str(k): str(v) for k, v in self._ask(self._job("diagnose", [artifact], inputs)).items()}
+
     def peak_memory(self, artifact: Artifact, inputs: Path) -> int:
         """Bytes that loading and running the file adds to a fresh process with the runtime imported, at the peak."""
         return int(self._in_fresh(self._job("memory", [artifact], inputs)))

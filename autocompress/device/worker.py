@@ -30,9 +30,9 @@ from autocompress.core.errors import AutocompressError, StageError, TargetError
 from autocompress.core.measurement import Fingerprint, MeasurePlan
 from autocompress.core.record import from_json, to_json
 from autocompress.device import files, meters
-from autocompress.device.fingerprint import fingerprint, usable_cores
+from autocompress.device.fingerprint import Machine, fingerprint, usable_cores
 from autocompress.device.lock import measuring_lock
-from autocompress.device.runtime import Array, Options, Runtime, Session, TellsFacts, get_runtime
+from autocompress.device.runtime import Array, Options, Runtime, Session, TellsDiagnosis, TellsFacts, get_runtime
 from autocompress.device.timing import CLOCKS, clock_name, interleave
 
 KEPT_SESSIONS = 4
@@ -65,20 +65,22 @@ class Worker:
         runtime = self._runtime(job["runtime"])
         if job["job"] == "fingerprint":
             return self._fingerprint(job["runtime"], job["options"])
-        with self._stage("load"):
-            inputs = Inputs(Path(job["inputs"]))
         options: Options = job["options"]
         artifacts = [from_json(Artifact, a) for a in job["artifacts"]]
+        with self._stage("load"):
+            inputs = Inputs(Path(job["inputs"]), {spec.name: np.dtype(spec.dtype) for spec in artifacts[0].inputs})
         if job["job"] == "measure":
             plan = from_json(MeasurePlan, job["plan"])
             with measuring_lock(lambda: self.report("wait")):
                 return self._measure(job["runtime"], artifacts, inputs, options, plan)
         if job["job"] == "executed":
             return self._executed(self._session(job["runtime"], artifacts[0], options), inputs)
+        if job["job"] == "diagnose":
+            return self._diagnose(self._session(job["runtime"], artifacts[0], options), inputs)
         if job["job"] == "outputs":
             return self._outputs(runtime, artifacts[0], inputs, Path(job["out"]), options)
         if job["job"] == "memory":
-            return self._memory(runtime, artifacts[0], inputs, options)
+            return self._memory(job["runtime"], artifacts[0], inputs, options)
         if job["job"] == "energy":
             with measuring_lock(lambda: self.report("wait")):
                 counter = meters.energy_counter(job["runtime"], options)
@@ -88,6 +90,8 @@ class Worker:
     def _measure(
         self, runtime: str, artifacts: list[Artifact], inputs: "Inputs", options: Options, plan: MeasurePlan
     ) -> dict[str, Any]:
+        if emulator := Machine().emulator:
+            raise TargetError(f"{emulator} plays the processor here: latency under emulation is no measurement")
         sessions = [self._session(runtime, a, options, keep=len(artifacts)) for a in artifacts]
         with self._stage("measure"):
             calls = [s.bind(inputs.first) for s in sessions]
@@ -150,15 +154,22 @@ class Worker:
             found = session.executed_precision()
         return None if found is None else dict(found)
 
-    def _memory(self, runtime: Runtime, artifact: Artifact, inputs: "Inputs", options: Options) -> int:
+    def _diagnose(self, session: Session, inputs: "Inputs") -> dict[str, str]:
+        if not isinstance(session, TellsDiagnosis):
+            return {}
+        with self._stage("measure"):
+            session.run(inputs.first)
+            return dict(session.diagnosis())
+
+    def _memory(self, runtime: str, artifact: Artifact, inputs: "Inputs", options: Options) -> int:
         verify(artifact)
         item = inputs.first
-        before = meters.reset_peak_memory()
-        session = self._load(runtime, artifact, options)
+        added = meters.memory_added(runtime, options)
+        session = self._load(self._runtime(runtime), artifact, options)
         with self._stage("memory"), contextlib.closing(session):
             for _ in range(MEMORY_RUNS):
                 session.run(item)
-            return max(1, meters.peak_memory() - before)
+            return max(1, added())
 
     def _energy(self, session: Session, inputs: "Inputs", counter: meters.EnergyCounter | str) -> float | str:
         with self._stage("measure"):
@@ -216,9 +227,12 @@ class Worker:
 
 
 class Inputs:
-    """A folder with one `<input name>.npy` per input, items along the first axis."""
+    """A folder with one `<input name>.npy` per input, items along the first axis.
 
-    def __init__(self, folder: Path) -> None:
+    Integers are given in the type of the model, where all of them fit: a converter may make 32 bits of 64.
+    """
+
+    def __init__(self, folder: Path, dtypes: Mapping[str, np.dtype[Any]]) -> None:
         files = sorted(folder.glob("*.npy"))
         if not files:
             raise StageError("load", f"there are no inputs: {folder} holds no .npy file")
@@ -227,6 +241,7 @@ class Inputs:
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise StageError("load", f"the inputs in {folder} must have the same number of items, got {counts}")
         self.count = next(iter(counts.values()))
+        self._dtypes = {name: self._dtype(name, dtypes.get(name, array.dtype)) for name, array in self._arrays.items()}
 
     @property
     def first(self) -> dict[str, Array]:
@@ -241,7 +256,17 @@ class Inputs:
 
     def items(self, start: int, stop: int) -> dict[str, Array]:
         """A batch, in memory."""
-        return {name: np.array(array[start:stop]) for name, array in self._arrays.items()}
+        return {name: np.array(array[start:stop], self._dtypes[name]) for name, array in self._arrays.items()}
+
+    def _dtype(self, name: str, wanted: np.dtype[Any]) -> np.dtype[Any]:
+        array = self._arrays[name]
+        has: np.dtype[Any] = array.dtype
+        if has == wanted or not all(np.issubdtype(t, np.integer) for t in (has, wanted)):
+            return has
+        low, high, limits = array.min(), array.max(), np.iinfo(wanted)
+        if low < limits.min or high > limits.max:
+            raise StageError("load", f"input {name!r} is {wanted} in the model, and its values go from {low} to {high}")
+        return wanted
 
 
 def verify(artifact: Artifact) -> None:

@@ -147,3 +147,21 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autocompress.device.fingerprint.usable_cores", lambda: 4)
     swap = psutil.swap_memory()
     monkeypatch.setattr(psutil, "swap_memory", lambda: swap._replace(used=0))
+
+
+@pytest.mark.parametrize(("real", "claimed", "emulator"), [(62, 183, "qemu-aarch64"), (62, 62, None), (183, 183, None)])
+def test_emulator_is_a_program_for_another_processor_than_what_it_runs(
+    tmp_path: Path, real: int, claimed: int, emulator: str | None
+) -> None:
+    """The numbers are ELF's EM_X86_64 and EM_AARCH64."""
+    for name, program, number in (("thread-self", "qemu-aarch64", real), ("self", "python", claimed)):
+        (tmp_path / program).write_bytes(b"\x7fELF" + bytes(14) + number.to_bytes(2, "little") + bytes(44))
+        (tmp_path / "proc" / name).mkdir(parents=True)
+        (tmp_path / "proc" / name / "exe").symlink_to(tmp_path / program)
+    assert Machine(root=tmp_path).emulator == emulator
+    assert fingerprint("r", "1", Machine(root=tmp_path)).facts.get("emulator") == emulator
+
+
+def test_nothing_emulates_this_machine_or_one_that_does_not_say(tmp_path: Path) -> None:
+    assert Machine().emulator is None
+    assert Machine(root=tmp_path).emulator is None

@@ -11,6 +11,7 @@ from autocompress.device.runtime import RUNTIMES, get_runtime
 from tests.fakes import FakeRuntime
 from tests.models import MIXED_PRECISIONS, write_mixed
 
+EXTRAS = {"litert": "tflite"}
 MIXED_X = {"input": np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)}
 
 
@@ -18,7 +19,7 @@ def test_every_runtime_of_the_table_can_be_made_and_says_whether_it_is_usable() 
     for name in RUNTIMES:
         found = get_runtime(name).available()
         assert found.usable == (found.reason == "")
-        assert f"autocompress[{name}]" in found.install
+        assert f"autocompress[{EXTRAS.get(name, name)}]" in found.install
 
 
 def test_a_runtime_of_ones_own_goes_by_module_and_class() -> None:
@@ -28,7 +29,7 @@ def test_a_runtime_of_ones_own_goes_by_module_and_class() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("onnxruntim", r"Unknown runtime 'onnxruntim'\. Did you mean 'onnxruntime'\? I know: onnxruntime"),
+        ("onnxruntim", r"Unknown runtime 'onnxruntim'\. Did you mean 'onnxruntime'\? I know: litert, onnxruntime"),
         ("no.such:Thing", r"there is no module 'no\.such'"),
         ("tests.fakes:Nothing", r"module 'tests\.fakes' has no 'Nothing'"),
     ],
