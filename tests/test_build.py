@@ -184,7 +184,7 @@ def test_a_topology_whose_sizes_are_baked_into_the_graph_is_exported_again(tmp_p
     layers = {name: parse_precision("w7a8") for name in ("conv", "fc")}
     quantized, seconds = build(builder, Candidate(widths={group.name: 8}, layers=layers))
     assert sqnr_db(torch_outputs(cut, task), outputs(quantized, task)) > 25
-    assert seconds.keys() == {"calibrate", "export"}
+    assert seconds.keys() == {"calibrate", "export", "check"}
 
 
 def test_a_model_of_one_batch_size_is_built_calibrated_and_checked_in_ones(tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ class Flatbuffer:
         """Tensors of the signature's outputs, by name."""
         return {e.name.decode(): int(e.tensorIndex) for e in self._model.signatureDefs[0].outputs}
 
+    def give_what_is_signed(self) -> bool:
+        """Make the outputs of the graph those of its signature; whether anything was to be done.
+
+        A quantizer may put the integer copy of a tensor that is also read on in the place of the output itself.
+        """
+        signed = set(self.given().values())
+        outputs = [int(index) for index in self._graph.outputs]
+        missing = sorted(signed.difference(outputs))
+        self._graph.outputs = [index if index in signed else missing.pop(0) for index in outputs]
+        return outputs != self._graph.outputs
+
     def data(self) -> bytes:
         """The model as a file's bytes."""
         builder = require("flatbuffers", "tflite").Builder(1 << 20)

@@ -126,7 +126,8 @@ class TfliteFloat:
                     tool.update_quantization_recipe(".*", types.TFLOperationName(end), algorithm_key="no_quantize")
                 items = [_feeds(batch, self._read) for batch in self._source.calibration(1)]
                 ranges = tool.calibrate({"serving_default": items}, num_threads=1)
-                return Lowered(data=bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
+                made = bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model)
+                return Lowered(data=_sound(made))
             except Exception as error:  # a tool of many layers; what it raises is the answer
                 raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
 
@@ -174,11 +175,14 @@ def quantized(data: bytes, recipe: "list[tuple[str, str, LayerChoice]]", ranges:
             tool = quantizer.Quantizer(bytearray(data))
             for name, kind, choice in recipe:
                 _configure(tool, f"^{re.escape(name)};", kind, choice)
-            return bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model)
-        except StageError:
-            raise
+            return _sound(bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
         except Exception as error:  # a tool of many layers; what it raises is the answer
             raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+
+
+def _sound(data: bytes) -> bytes:
+    graph = Flatbuffer(data)
+    return graph.data() if graph.give_what_is_signed() else data
 
 
 def _configure(tool: Any, regex: str, kind: str, choice: LayerChoice) -> None:

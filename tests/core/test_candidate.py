@@ -116,7 +116,8 @@ def test_json_form_is_fixed() -> None:
     assert to_json(candidate) == {
         "student": None,
         "widths": {"a": 16, "b": 8},
-        "layers": {"fc": {"weight_bits": 8, "activation_bits": 8, "sparsity": None}},
+        "layers": {"fc": {"weight_bits": 8, "activation_bits": 8, "dynamic": False, "sparsity": None}},
+        "float_precision": "fp32",
         "recipe": {"calibrator": "minmax", "recover_steps": 0},
     }
-    assert candidate.digest == "eef0208bea18d1e7b21c61fab440afdd5cbecc5c6765f135eaccafc604ebd815"
+    assert candidate.digest == "0c56e7372d8ee00b3a13707cb04a2538cf5b615eac57b66a93351a4b04070818"

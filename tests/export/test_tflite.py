@@ -1,0 +1,193 @@
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autocompress.compress.layers import describe
+from autocompress.config import load_profile
+from autocompress.core.candidate import Candidate, LayerChoice, parse_precision
+from autocompress.core.errors import StageError
+from autocompress.device.litert import LiteRt
+from autocompress.export.exporter import Source
+from autocompress.export.flatbuffer import Flatbuffer
+from autocompress.export.parity import sqnr_db
+from autocompress.export.tflite import TfliteExporter, check_types, find_layers, joins
+from tests import nets
+from tests.export.conftest import OUTPUTS
+from tests.nets import seeded
+
+PROFILE = replace(load_profile("cpu-onnxruntime"), runtime="litert", format="tflite")
+
+
+class Case:
+    """A network of tests.nets, converted."""
+
+    def __init__(self, name: str) -> None:
+        build, self.inputs, call = nets.CASES[name]
+        self.net = seeded(build)
+        names = OUTPUTS.get(name, ("output",))
+
+        def run(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = call(model, batch)
+            return found if isinstance(found, dict) else {"output": found}
+
+        def calibration(size: int) -> Iterator[Mapping[str, Tensor]]:
+            batch = self.inputs(32, seed=1)
+            for start in range(0, 32, size):
+                yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+        by_keyword = call is nets.by_name
+        self.source = Source(
+            sample=self.inputs(2), outputs=names, by_keyword=by_keyword, run=run, calibration=calibration
+        )
+        structure, _ = describe(self.net, lambda model: call(model, self.inputs()))
+        self.layers = [layer.name for layer in structure.layers]
+        self.exporter = TfliteExporter(self.net, self.layers, self.source, PROFILE)
+        self.float = self.exporter.convert(self.net, "", lambda _: nullcontext())
+
+    def lowered(self, layers: Mapping[str, LayerChoice]) -> bytes:
+        return self.float.lower(Candidate(layers=layers), lambda _: nullcontext()).data
+
+    def uniform(self, precision: str) -> dict[str, LayerChoice]:
+        return dict.fromkeys(self.layers, parse_precision(precision))
+
+    def torch(self) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [t.numpy() for t in self.source.run(self.net, self.inputs(1, seed=7)).values()]
+
+    def outputs(self, data: bytes, folder: Path) -> tuple[list[np.ndarray], dict[str, str]]:
+        """What LiteRT gives for an item, in the order of the outputs, and what it ran."""
+        path = folder / "model.tflite"
+        path.write_bytes(data)
+        session = LiteRt().load(path, {"threads": 1})
+        types = {spec.name: spec.dtype for spec in self.float.inputs}
+        got = session.run({n: t.numpy().astype(types[n]) for n, t in self.inputs(1, seed=7).items()})
+        return [got[name] for name in self.source.outputs], dict(session.executed_precision())
+
+
+@pytest.fixture(scope="module")
+def case() -> Callable[[str], Case]:
+    return cache(Case)
+
+
+Get = Callable[[str], Case]
+
+
+@pytest.mark.parametrize("name", ["residual", "separable", "branches", "encoder"])
+def test_the_float_file_computes_what_torch_does_and_names_every_layer(case: Get, name: str, tmp_path: Path) -> None:
+    made = case(name)
+    assert made.exporter.difference < 1e-5
+    assert dict(made.exporter.unmapped) == {}
+    got, executed = made.outputs(made.lowered({}), tmp_path)
+    for g, w in zip(got, made.torch(), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-4)
+    assert set(made.layers) <= set(executed)
+    assert set(executed.values()) == {"fp32"}
+
+
+@pytest.mark.parametrize("name", ["residual", "branches", "encoder"])
+def test_inputs_and_outputs_have_the_tasks_names_in_its_order(case: Get, name: str) -> None:
+    made = case(name)
+    assert [spec.name for spec in made.float.inputs] == list(made.inputs())
+    assert [spec.name for spec in made.float.outputs] == list(made.source.outputs)
+    assert all(spec.shape[0] == 1 for spec in (*made.float.inputs, *made.float.outputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "least_db"),
+    [
+        ("residual", "w8a8", 25), ("residual", "w8d8", 25), ("residual", "w8a32", 30), ("residual", "w16a32", 50),
+        ("separable", "w8a8", 25), ("branches", "w8a8", 25), ("encoder", "w8a8", 15), ("encoder", "w8d8", 25),
+    ],
+)  # fmt: skip
+def test_each_precision_is_near_and_runs_as_asked(
+    case: Get, name: str, precision: str, least_db: float, tmp_path: Path
+) -> None:
+    made = case(name)
+    data = made.lowered(made.uniform(precision))
+    assert len(data) < len(made.lowered({}))
+    got, executed = made.outputs(data, tmp_path)
+    assert min(sqnr_db(w, g) for g, w in zip(got, made.torch(), strict=True)) > least_db
+    integer = parse_precision(precision).activation_bits == 8
+    tables = {"tokens"}
+    assert {executed[n] for n in made.layers if n not in tables} == {"int8" if integer else "fp32"}
+
+
+def test_a_choice_reaches_its_layer_and_no_other(case: Get, tmp_path: Path) -> None:
+    made = case("residual")
+    got, executed = made.outputs(made.lowered({"conv2": parse_precision("w8a8")}), tmp_path)
+    assert {name for name, ran in executed.items() if ran == "int8"} == {"conv2"}
+    assert sqnr_db(made.torch()[0], got[0]) > 30
+
+
+def test_what_joins_integer_layers_is_integer_too(case: Get) -> None:
+    made = case("residual")
+    graph = Flatbuffer(made.lowered({}))
+    assert [op.kind for op in joins(graph, set(made.layers))].count("ADD") == 2
+    assert joins(graph, {"conv"}) == []
+    data = Flatbuffer(made.lowered(made.uniform("w8a8")))
+    assert [data.dtype(op.outputs[0]) for op in data.ops() if op.kind == "ADD"] == ["INT8", "INT8"]
+
+
+def test_calibrators_give_different_files(case: Get) -> None:
+    made = case("residual")
+    files = {
+        made.float.lower(
+            Candidate(layers=made.uniform("w8a8"), recipe=replace(Candidate().recipe, calibrator=calibrator)),
+            lambda _: nullcontext(),
+        ).data
+        for calibrator in ("minmax", "percentile", "mse")
+    }
+    assert len(files) == 3
+
+
+def test_the_vendors_file_takes_and_gives_floats(case: Get, tmp_path: Path) -> None:
+    made = case("residual")
+    got, executed = made.outputs(made.float.vendor_int8(lambda _: nullcontext()).data, tmp_path)
+    assert sqnr_db(made.torch()[0], got[0]) > 10
+    assert set(executed.values()) == {"int8"}
+
+
+def test_what_the_quantizer_has_not_is_a_failure_with_its_words(case: Get) -> None:
+    made = case("separable")
+    with pytest.raises(StageError, match=r"litert-quantizer fails: .*DEPTHWISE_CONV_2D") as caught:
+        made.lowered({"depthwise.0": parse_precision("w4a8")})
+    assert caught.value.stage == "export"
+
+
+def test_types_that_are_not_those_asked_for_are_found(case: Get) -> None:
+    made = case("residual")
+    data = made.lowered({"conv2": parse_precision("w8a8")})
+    check_types(data, {"conv2": parse_precision("w8a8"), "conv1": LayerChoice()})
+    with pytest.raises(StageError, match="layer 'conv1': w8a8 was asked for, the file has FLOAT32 weights, FLOAT32 in"):
+        check_types(data, {"conv1": parse_precision("w8a8")})
+    with pytest.raises(StageError, match="layer 'no' is not in the quantized file"):
+        check_types(data, {"no": parse_precision("w8a8")})
+
+
+def test_layers_of_equal_weights_are_left_alone(case: Get) -> None:
+    made = case("residual")
+    twin = seeded(nets.Residual)
+    twin.add_module("twin", twin.get_submodule("conv2"))
+    found = find_layers(Flatbuffer(made.lowered({})), twin, [*made.layers, "twin"])
+    assert set(made.layers) - set(found) == {"conv2"}
+    assert "twin" not in found
+
+
+def test_a_model_that_cannot_be_converted_is_a_fault_of_the_task(case: Get) -> None:
+    from autocompress.core.errors import TaskError
+
+    class Undecided(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    source = case("residual").source
+    with pytest.raises(TaskError, match="litert-torch cannot convert the model: "):
+        TfliteExporter(Undecided().eval(), [], source, PROFILE)
