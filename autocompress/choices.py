@@ -96,20 +96,22 @@ class Choices:
         where = {p: tuple(layer for layer, found in allowed.items() if p in found) for p in names}
         whole = self._compare("fp32", {p: (p, layers) for p, layers in where.items()})
         rivals = {p: self._rival(p, layers, whole[p]) for p, layers in where.items()}
-        tried: dict[tuple[str, str], tuple[str, Names]] = {}
-        for p, layers in where.items():
-            families = _among(self._families, layers)
-            if len(families) > 1 and not _as_fast(whole[p], self._speed[rivals[p]]):
-                for q in {p, rivals[p]} - {"fp32"}:
-                    tried |= {(q, f): (q, members) for f, members in _among(self._families, where[q]).items()}
+        apart = [p for p in where if not _as_fast(whole[p], self._speed[rivals[p]])]
+        tried = {
+            (q, family): (q, members)
+            for p in apart
+            for q in sorted({p, rivals[p]} - {"fp32"})
+            for family, members in _among(self._families, where[q]).items()
+        }
         alone = self._compare("fp32", tried)
         for p, layers in where.items():
-            found = {f: alone[q, f] for q, f in alone if q == p} or {"": whole[p]}
-            for f, effect in found.items():
-                rival = alone.get((rivals[p], f)) if f else None
-                interval = rival.ratio_ci if isinstance(rival, Effect) else FP32 if f else self._speed[rivals[p]]
-                members = tuple(n for n in layers if not f or n in self._families[f])
-                self.verdicts.append(_verdict(p, members, effect, rivals[p], interval))
+            if p not in apart:
+                self.verdicts.append(_verdict(p, layers, whole[p], rivals[p], self._speed[rivals[p]]))
+                continue
+            for family, members in _among(self._families, layers).items():
+                rival = alone.get((rivals[p], family))
+                beside = rival.ratio_ci if isinstance(rival, Effect) else FP32
+                self.verdicts.append(_verdict(p, members, alone[p, family], rivals[p], beside))
 
     def _rival(self, precision: str, layers: Names, whole: Effect | str) -> str:
         """The fastest of those that are as precise; one that is faster than that is a rival of the next ones."""
@@ -155,7 +157,7 @@ class Choices:
         for name, policy in self.extremes().items():
             effect = self._bench.compare(Candidate(layers=policy), {choice: made[name]}, right=True)[choice]
             self.findings.append(Finding(choice=choice, layers=layers, beside=name, effect=effect))
-            found.append(_verdict(choice, layers, effect, f"{name} without", FP32))
+            found.append(_verdict(choice, layers, effect, f"{name} without it", FP32))
         best = max(found, key=lambda verdict: (verdict.faster, verdict.usable))
         self.verdicts.append(replace(best, smaller=any(verdict.smaller for verdict in found)))
 

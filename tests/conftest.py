@@ -12,6 +12,12 @@ from autocompress.run import Run, open_run
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the user's cache holds, probes of searches above all, is nothing to a test."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def quick_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped profile, measuring for a shorter time."""
