@@ -99,7 +99,7 @@ class Flatbuffer:
         outputs = [int(index) for index in self._graph.outputs]
         missing = sorted(signed.difference(outputs))
         self._graph.outputs = [index if index in signed else missing.pop(0) for index in outputs]
-        return outputs != self._graph.outputs
+        return bool(outputs != self._graph.outputs)
 
     def data(self) -> bytes:
         """The model as a file's bytes."""
