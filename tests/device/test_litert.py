@@ -99,6 +99,25 @@ def test_xnnpack_computes_what_the_other_kernels_compute(tmp_path: Path) -> None
     np.testing.assert_allclose(fast, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_integer_kernels_do_not_overflow_with_weights_of_eight_bits(tmp_path: Path) -> None:
+    """Which those of other runtimes do, without VNNI."""
+    rng = np.random.default_rng(0)
+    weight, x = rng.choice([-127.0, 127.0], size=(32, 64)), rng.choice([-1, 1], size=(1, 64)).astype(np.float32)
+    graph = Graph()
+    graph.tensor("x", (1, 64))
+    graph.tensor("q", (1, 64), "int8", scale=1 / 127)
+    graph.operator("QUANTIZE", ["x"], "q")
+    graph.constant("w", weight, scale=1.0)
+    graph.constant("b", np.zeros(32, np.int32), scale=1 / 127)
+    graph.tensor("fc", (1, 32), "int8", scale=100.0)
+    graph.operator("FULLY_CONNECTED", ["q", "w", "b"], "fc", "FullyConnected")
+    graph.tensor("y", (1, 32))
+    graph.operator("DEQUANTIZE", ["fc"], "y")
+    path = graph.write(tmp_path / "m.tflite", {"input": "x"}, {"output": "y"})
+    found = LiteRt().load(path, {}).run({"input": x})["output"]
+    np.testing.assert_allclose(found, x @ weight.T, atol=100.0)
+
+
 def test_what_runs_is_named_with_xnnpack_and_without(tmp_path: Path) -> None:
     for on in (True, False):
         session = LiteRt().load(write_mixed(tmp_path / "m.tflite"), {"xnnpack": on})
