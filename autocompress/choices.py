@@ -219,8 +219,8 @@ def _allowed(layer: Layer, profile: Profile) -> Names:
     return tuple(dict.fromkeys(profile.executable(p) for p in profile.precisions.get(layer.kind, ()) if p != "fp32"))
 
 
-def _fineness(choice: LayerChoice) -> tuple[int, int, int]:
-    return choice.activation_bits, getattr(choice, "dynamic", False), choice.weight_bits
+def _fineness(choice: LayerChoice) -> tuple[int, bool, int]:
+    return choice.activation_bits, choice.dynamic or choice.activation_bits == 32, choice.weight_bits
 
 
 def _finest_first(precisions: Iterable[str]) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from autocompress.bench import bench_task
-from autocompress.choices import Choices
-from autocompress.core.candidate import Candidate
+from autocompress.choices import Choices, _as_fine, _finest_first
+from autocompress.core.candidate import Candidate, parse_precision
 from autocompress.core.probe import Effect, Payoff, Probe, sparse
 from autocompress.core.profile import Profile
 from autocompress.core.space import Layer, Structure
@@ -163,3 +163,18 @@ def test_nothing_is_begun_after_the_deadline() -> None:
     found = judged(bench, deadline=0)
     assert bench.compared == []
     assert found.left_out[0] == "precisions"
+
+
+def test_the_rivals_of_a_precision_are_those_that_are_as_precise_in_every_respect() -> None:
+    assert _finest_first(["w4a8", "w8a8", "w8d8", "w8a32", "w4a32"]) == ["w8a32", "w4a32", "w8d8", "w8a8", "w4a8"]
+    fine = {a: [b for b in ("fp32", "w8d8", "w8a8", "w4a32") if _finer(b, a)] for a in ("w8d8", "w8a8", "w4a8", "w4d8")}
+    assert fine == {
+        "w8d8": ["fp32", "w8d8"],
+        "w8a8": ["fp32", "w8d8", "w8a8"],
+        "w4a8": ["fp32", "w8d8", "w8a8", "w4a32"],
+        "w4d8": ["fp32", "w8d8", "w4a32"],
+    }
+
+
+def _finer(one: str, other: str) -> bool:
+    return _as_fine(parse_precision(one), parse_precision(other))
