@@ -199,9 +199,16 @@ def test_every_field_of_a_task_is_documented() -> None:
 
 def test_options_of_the_runtime_are_documented() -> None:
     """Every option but `threads`, which is said in `measure`."""
-    from autocompress.device.onnxruntime import _OPTIONS
+    from autocompress.device import litert, onnxruntime, openvino, tensorrt_engine
 
-    assert {*keys("profiles.md", "Options of `onnxruntime`"), "threads"} == set(_OPTIONS)
+    known = {
+        "onnxruntime": onnxruntime._OPTIONS,
+        "openvino": openvino._OPTIONS,
+        "litert": litert._OPTIONS,
+        "tensorrt": ("threads", *tensorrt_engine._TYPES),
+    }
+    for runtime, options in known.items():
+        assert {*keys("profiles.md", f"Options of `{runtime}`"), "threads"} == set(options)
 
 
 def test_the_architecture_page_names_every_module() -> None:
