@@ -23,7 +23,11 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": (set(), set()),
     "device": ({"core"}, {"psutil", "cuda", "pynvml", *RUNTIMES}),
     "compress": ({"core"}, {"torch", "torch_pruning"}),
-    "export": ({"core", "compress"}, {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "nncf"}),
+    "export": (
+        {"core", "compress"},
+        {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "nncf"}
+        | {"litert_torch", "litert_quantizer", "ai_edge_litert", "flatbuffers"},
+    ),
     "optimize": ({"core"}, {"optuna", "sqlalchemy"}),  # Optuna's own storage layer
 }
 # What a user's task is made of needs torch at once; predict*.py are copied into packages and run without us.

@@ -42,8 +42,10 @@ def test_every_shipped_space_loads_and_resolves_on_every_shipped_profile(name: s
     assert rules.name == name
     for profile in map(load_profile, profile_names()):
         space = rules.resolve(structure, profile)
-        assert not space.dropped
-        assert space.uniform("w8a8")["precision:stem"] == "w8a8"
+        why = f"profile {profile.name} does not list it as paying there"
+        assert set(space.dropped.values()) <= {why}
+        if profile.allows("conv2d", "w8a8"):
+            assert space.uniform("w8a8")["precision:stem"] == "w8a8"
         assert all(width % profile.width_multiple == 0 for width in space.widths.get("conv", ()))
 
 
@@ -71,7 +73,7 @@ def test_an_unknown_space_names_all() -> None:
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"^target file 'nowhere/x\.yaml' does not exist; shipped names: cpu-onnx"):
+    with pytest.raises(ConfigError, match=r"^target file 'nowhere/x\.yaml' does not exist; shipped names: .*cpu-onnx"):
         load_profile("nowhere/x.yaml")
 
 
