@@ -112,7 +112,7 @@ class Graph:
         return made
 
 
-def write_linear(path: Path, weight: Array, bias: Array, *, batch: int | None = None, signature: bool = True) -> Path:
+def write_linear(path: Path, weight: Array, bias: Array, batch: int | None = None, *, signature: bool = True) -> Path:
     """output = input @ weight + bias, one FULLY_CONNECTED whose output tensor is named `layers.0.fc`."""
     graph = Graph()
     graph.tensor("args_0", (batch, weight.shape[0]))
