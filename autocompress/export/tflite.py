@@ -5,15 +5,7 @@ tensor a layer's operator gives is then named after the layer, which is how a re
 read back.
 """
 
-import contextlib
-import io
-import logging
-import os
-import re
-import sys
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,17 +20,11 @@ from autocompress.core.errors import StageError, TaskError
 from autocompress.core.extras import require
 from autocompress.core.profile import Profile
 from autocompress.export.exporter import Batch, Lowered, Source, Watch
-from autocompress.export.flatbuffer import Flatbuffer, Op
+from autocompress.export.flatbuffer import Flatbuffer
 from autocompress.export.parity import FLOAT_TOLERANCE, float_difference
+from autocompress.export.tflite_layers import find_layers
+from autocompress.export.tflite_quantize import check_types, joins, quantized, quiet, vendor_quantized
 
-WEIGHTED = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "EMBEDDING_LOOKUP"}
-JOINS = {
-    "ADD", "MUL", "CONCATENATION", "AVERAGE_POOL_2D", "MAX_POOL_2D", "MEAN", "RESHAPE", "TRANSPOSE", "PAD",
-}  # fmt: skip
-# |cosine| between the channels of a layer and of its operator, in two passes. BatchNorm folded in scales a channel and
-# does not turn it: 1. LayerNorm's weight folded in turns it a little: 0.992 to 0.998 in a trained transformer, where
-# other layers had at most 0.2.
-LIKE = (0.999, 0.9)
 _STRIDE = 61
 _SAMPLES = 1 << 16
 _UNMAPPED = "its weight is not read by exactly one operator of the converted model"
@@ -116,20 +102,9 @@ class TfliteFloat:
 
     def vendor_int8(self, watch: Watch) -> Lowered:
         """litert-quantizer's own static recipe with its own calibration, over all operators it can quantize."""
-        with watch("export"), quiet():
-            quantizer = require("litert_quantizer.quantizer", "tflite")
-            recipes = require("litert_quantizer.recipe", "tflite")
-            types = require("litert_quantizer.qtyping", "tflite")
-            try:
-                tool = quantizer.Quantizer(bytearray(self._data), recipes.static_wi8_ai8())
-                for end in ("INPUT", "OUTPUT"):  # a user's data comes in float and leaves in float
-                    tool.update_quantization_recipe(".*", types.TFLOperationName(end), algorithm_key="no_quantize")
-                items = [_feeds(batch, self._read) for batch in self._source.calibration(1)]
-                ranges = tool.calibrate({"serving_default": items}, num_threads=1)
-                made = bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model)
-                return Lowered(data=_sound(made))
-            except Exception as error:  # a tool of many layers; what it raises is the answer
-                raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+        with watch("export"):
+            items = [_feeds(batch, self._read) for batch in self._source.calibration(1)]
+            return Lowered(data=vendor_quantized(self._data, items))
 
     def _recipe(self, layers: Mapping[str, LayerChoice], static: set[str]) -> "list[tuple[str, str, LayerChoice]]":
         """Tensor name, kind of operator, and choice, for layers and for what joins integer ones."""
@@ -139,90 +114,6 @@ class TfliteFloat:
 
     def _spec(self, name: str, tensor: int) -> TensorSpec:
         return TensorSpec(name=name, dtype=self._read.dtype(tensor).lower(), shape=self._read.shape(tensor))
-
-
-def joins(graph: Flatbuffer, layers: set[str]) -> list[Op]:
-    """Operators without weights that run on integers when `layers` do: all they read is integer, and so is a reader."""
-    made: set[int] = set()
-    found: list[Op] = []
-    ops = list(graph.ops())
-    for op in ops:
-        read = [i for i in op.inputs if i >= 0 and not graph.is_constant(i)]
-        constants = [i for i in op.inputs if i >= 0 and graph.is_constant(i) and graph.dtype(i) == "FLOAT32"]
-        if graph.name(op.outputs[0]) in layers and op.kind in WEIGHTED:
-            made.update(op.outputs)
-        elif op.kind in JOINS and read and made.issuperset(read) and not constants:
-            made.update(op.outputs)
-            found.append(op)
-    wanted = {i for op in ops if graph.name(op.outputs[0]) in layers for i in op.inputs}
-    kept = []
-    for op in reversed(found):
-        if wanted.intersection(op.outputs):
-            wanted.update(op.inputs)
-            kept.append(op)
-    return kept[::-1]
-
-
-def quantized(data: bytes, recipe: "list[tuple[str, str, LayerChoice]]", ranges: Mapping[str, Any] | None) -> bytes:
-    """`data` with each named operator quantized.
-
-    Raises:
-        StageError: the quantizer does not know that precision for that operator, or fails.
-    """
-    with quiet():
-        quantizer = require("litert_quantizer.quantizer", "tflite")
-        try:
-            tool = quantizer.Quantizer(bytearray(data))
-            for name, kind, choice in recipe:
-                _configure(tool, f"^{re.escape(name)};", kind, choice)
-            return _sound(bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
-        except Exception as error:  # a tool of many layers; what it raises is the answer
-            raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
-
-
-def _sound(data: bytes) -> bytes:
-    graph = Flatbuffer(data)
-    return graph.data() if graph.give_what_is_signed() else data
-
-
-def _configure(tool: Any, regex: str, kind: str, choice: LayerChoice) -> None:
-    types = require("litert_quantizer.qtyping", "tflite")
-    name, bits = types.TFLOperationName(kind), choice.weight_bits
-    if choice.weight_bits == 16:
-        half = types.TensorQuantizationConfig(num_bits=16, dtype=types.TensorDataType.FLOAT)
-        config = types.OpQuantizationConfig(
-            weight_tensor_config=half, compute_precision=types.ComputePrecision.FLOAT, explicit_dequantize=True
-        )
-        tool.update_quantization_recipe(regex, name, config, algorithm_key="float_casting")
-    elif choice.dynamic or kind == "EMBEDDING_LOOKUP":  # rows of a table are widened as they are looked up
-        tool.add_dynamic_config(regex, name, bits)
-    elif choice.activation_bits == 8:
-        tool.add_static_config(regex, name, 8, bits)
-    else:
-        tool.add_weight_only_config(regex, name, bits)
-
-
-def check_types(data: bytes, layers: Mapping[str, LayerChoice]) -> None:
-    """Raise StageError unless each layer's weight is stored, and its input given, in the type that was chosen."""
-    graph = Flatbuffer(data)
-    makers = {index: op for op in graph.ops() for index in op.outputs}
-    named = {_layer(graph.name(op.outputs[0])): op for op in graph.ops() if op.kind in WEIGHTED}
-    for name, choice in layers.items():
-        if name not in named:
-            raise StageError("export", f"layer {name!r} is not in the quantized file")
-        op = named[name]
-        table = op.kind == "EMBEDDING_LOOKUP"
-        weight, read = op.inputs[1], op.inputs[0]
-        if weight in makers and makers[weight].kind == "DEQUANTIZE":
-            weight = makers[weight].inputs[0]
-        stored = {32: "FLOAT32", 16: "FLOAT16", 8: "INT8", 4: "INT4"}.get(choice.weight_bits, "none")
-        fed = "INT8" if choice.kernel == "int8" else "FLOAT32"
-        got = (graph.dtype(weight), graph.dtype(read))
-        if got[0] != stored or (not table and got[1] != fed):
-            raise StageError(
-                "export",
-                f"layer {name!r}: {choice.precision} was asked for, the file has {got[0]} weights, {got[1]} in",
-            )
 
 
 def collect_stats(data: bytes, source: Source) -> dict[str, ActivationStats]:
@@ -276,55 +167,6 @@ def _named(data: bytes, model: nn.Module, layers: Sequence[str], source: Source)
     return graph.data(), {name: op.kind for name, op in found.items()}
 
 
-def find_layers(graph: Flatbuffer, model: nn.Module, layers: Sequence[str]) -> dict[str, Op]:
-    """The operator of each layer that exactly one operator can be, and that no other layer can be."""
-    ops = {op.outputs[0]: op for op in graph.ops() if op.kind in WEIGHTED}
-    rows = {key: channels for key, op in ops.items() if (channels := _op_channels(graph, op)) is not None}
-    likeness = {
-        (name, key): _likeness(_layer_channels(model.get_submodule(name)), channels)
-        for name in layers
-        for key, channels in rows.items()
-    }
-    found: dict[str, Op] = {}
-    for least in LIKE:
-        pairs = [pair for pair, value in likeness.items() if value > least and pair[0] not in found]
-        pairs = [(name, key) for name, key in pairs if ops[key] not in found.values()]
-        names, keys = Counter(name for name, _ in pairs), Counter(key for _, key in pairs)
-        found |= {name: ops[key] for name, key in pairs if names[name] == keys[key] == 1}
-    return found
-
-
-def _op_channels(graph: Flatbuffer, op: Op) -> NDArray[Any] | None:
-    weight = graph.constant(op.inputs[1])
-    if weight is None:
-        return None
-    if op.kind == "DEPTHWISE_CONV_2D":
-        weight = np.moveaxis(weight, 3, 0)
-    return _unit(weight.reshape(len(weight), -1))
-
-
-def _layer_channels(layer: nn.Module) -> NDArray[Any]:
-    weight = layer.get_parameter("weight").detach().cpu().numpy()
-    if weight.ndim > 2:
-        weight = np.moveaxis(weight, 1, -1)
-    return _unit(weight.reshape(len(weight), -1))
-
-
-def _unit(rows: NDArray[Any]) -> NDArray[Any]:
-    """Rows of length one; a row of zeros stays."""
-    wide = rows.astype(np.float64)
-    unit: NDArray[Any] = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return unit
-
-
-def _likeness(layer: NDArray[Any], op: NDArray[Any]) -> float:
-    """Median |cosine| of the channels that are not zero; 0 for other shapes."""
-    if layer.shape != op.shape:
-        return 0.0
-    cosines = np.abs((layer * op).sum(1))[(layer**2).sum(1) > 0.5]
-    return float(np.median(cosines)) if len(cosines) else 0.0
-
-
 def _convert(model: nn.Module, source: Source) -> bytes:
     """Raises StageError where the converter cannot."""
     item = {name: tensor[:1] for name, tensor in source.sample.items()}
@@ -368,34 +210,6 @@ def _feeds(batch: Batch, graph: Flatbuffer) -> dict[str, NDArray[Any]]:
     """A batch in the types of the file: the converter makes 32-bit integers of those of 64 bits."""
     types = {name: np.dtype(graph.dtype(index).lower()) for name, index in graph.fed().items()}
     return {name: tensor.numpy().astype(types[name], copy=False) for name, tensor in batch.items()}
-
-
-def _layer(name: str) -> str:
-    """A layer's name from that of its tensor: the quantizer renames what it splits."""
-    return re.sub(r"(_dequant|_quantized)+$", "", name)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence of tools that speak of their progress, and of packages they have no use for, natively too."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-        logging.disable(level)
 
 
 def _differs(difference: float) -> str:

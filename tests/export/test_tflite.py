@@ -18,7 +18,9 @@ from autocompress.device.litert import LiteRt
 from autocompress.export.exporter import Source
 from autocompress.export.flatbuffer import Flatbuffer
 from autocompress.export.parity import sqnr_db
-from autocompress.export.tflite import TfliteExporter, check_types, find_layers, joins
+from autocompress.export.tflite import TfliteExporter
+from autocompress.export.tflite_layers import find_layers
+from autocompress.export.tflite_quantize import check_types, joins
 from tests import nets
 from tests.export.conftest import OUTPUTS
 from tests.nets import seeded

@@ -1,0 +1,155 @@
+"""One pass of litert-quantizer over a float flatbuffer: which operators get what, and what the file then has."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from autocompress.core.candidate import LayerChoice
+from autocompress.core.errors import StageError
+from autocompress.core.extras import require
+from autocompress.export.flatbuffer import Flatbuffer, Op
+from autocompress.export.tflite_layers import WEIGHTED
+
+JOINS = {
+    "ADD", "MUL", "CONCATENATION", "AVERAGE_POOL_2D", "MAX_POOL_2D", "MEAN", "RESHAPE", "TRANSPOSE", "PAD",
+}  # fmt: skip
+
+
+def joins(graph: Flatbuffer, layers: set[str]) -> list[Op]:
+    """Operators without weights that run on integers when `layers` do: all they read is integer, and so is a reader."""
+    made: set[int] = set()
+    found: list[Op] = []
+    ops = list(graph.ops())
+    for op in ops:
+        read = [i for i in op.inputs if i >= 0 and not graph.is_constant(i)]
+        constants = [i for i in op.inputs if i >= 0 and graph.is_constant(i) and graph.dtype(i) == "FLOAT32"]
+        if graph.name(op.outputs[0]) in layers and op.kind in WEIGHTED:
+            made.update(op.outputs)
+        elif op.kind in JOINS and read and made.issuperset(read) and not constants:
+            made.update(op.outputs)
+            found.append(op)
+    wanted = {i for op in ops if graph.name(op.outputs[0]) in layers for i in op.inputs}
+    kept = []
+    for op in reversed(found):
+        if wanted.intersection(op.outputs):
+            wanted.update(op.inputs)
+            kept.append(op)
+    return kept[::-1]
+
+
+def quantized(data: bytes, recipe: "list[tuple[str, str, LayerChoice]]", ranges: Mapping[str, Any] | None) -> bytes:
+    """`data` with each named operator quantized.
+
+    Raises:
+        StageError: the quantizer does not know that precision for that operator, or fails.
+    """
+    with quiet():
+        quantizer = require("litert_quantizer.quantizer", "tflite")
+        try:
+            tool = quantizer.Quantizer(bytearray(data))
+            for name, kind, choice in recipe:
+                _configure(tool, f"^{re.escape(name)};", kind, choice)
+            return _sound(bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
+        except Exception as error:  # a tool of many layers; what it raises is the answer
+            raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+
+
+def vendor_quantized(data: bytes, items: Sequence[Mapping[str, NDArray[Any]]]) -> bytes:
+    """`data` by litert-quantizer's static recipe, over all it can quantize, calibrated its way on `items`.
+
+    Raises:
+        StageError: the quantizer fails.
+    """
+    with quiet():
+        quantizer = require("litert_quantizer.quantizer", "tflite")
+        recipes = require("litert_quantizer.recipe", "tflite")
+        types = require("litert_quantizer.qtyping", "tflite")
+        try:
+            tool = quantizer.Quantizer(bytearray(data), recipes.static_wi8_ai8())
+            for end in ("INPUT", "OUTPUT"):  # a user's data comes in float and leaves in float
+                tool.update_quantization_recipe(".*", types.TFLOperationName(end), algorithm_key="no_quantize")
+            ranges = tool.calibrate({"serving_default": items}, num_threads=1)
+            return _sound(bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
+        except Exception as error:  # a tool of many layers; what it raises is the answer
+            raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+
+
+def _sound(data: bytes) -> bytes:
+    graph = Flatbuffer(data)
+    return graph.data() if graph.give_what_is_signed() else data
+
+
+def _configure(tool: Any, regex: str, kind: str, choice: LayerChoice) -> None:
+    types = require("litert_quantizer.qtyping", "tflite")
+    name, bits = types.TFLOperationName(kind), choice.weight_bits
+    if choice.weight_bits == 16:
+        half = types.TensorQuantizationConfig(num_bits=16, dtype=types.TensorDataType.FLOAT)
+        config = types.OpQuantizationConfig(
+            weight_tensor_config=half, compute_precision=types.ComputePrecision.FLOAT, explicit_dequantize=True
+        )
+        tool.update_quantization_recipe(regex, name, config, algorithm_key="float_casting")
+    elif choice.dynamic or kind == "EMBEDDING_LOOKUP":  # rows of a table are widened as they are looked up
+        tool.add_dynamic_config(regex, name, bits)
+    elif choice.activation_bits == 8:
+        tool.add_static_config(regex, name, 8, bits)
+    else:
+        tool.add_weight_only_config(regex, name, bits)
+
+
+def check_types(data: bytes, layers: Mapping[str, LayerChoice]) -> None:
+    """Raise StageError unless each layer's weight is stored, and its input given, in the type that was chosen."""
+    graph = Flatbuffer(data)
+    makers = {index: op for op in graph.ops() for index in op.outputs}
+    named = {_layer(graph.name(op.outputs[0])): op for op in graph.ops() if op.kind in WEIGHTED}
+    for name, choice in layers.items():
+        if name not in named:
+            raise StageError("export", f"layer {name!r} is not in the quantized file")
+        op = named[name]
+        table = op.kind == "EMBEDDING_LOOKUP"
+        weight, read = op.inputs[1], op.inputs[0]
+        if weight in makers and makers[weight].kind == "DEQUANTIZE":
+            weight = makers[weight].inputs[0]
+        stored = {32: "FLOAT32", 16: "FLOAT16", 8: "INT8", 4: "INT4"}.get(choice.weight_bits, "none")
+        fed = "INT8" if choice.kernel == "int8" else "FLOAT32"
+        got = (graph.dtype(weight), graph.dtype(read))
+        if got[0] != stored or (not table and got[1] != fed):
+            raise StageError(
+                "export",
+                f"layer {name!r}: {choice.precision} was asked for, the file has {got[0]} weights, {got[1]} in",
+            )
+
+
+def _layer(name: str) -> str:
+    """A layer's name from that of its tensor: the quantizer renames what it splits."""
+    return re.sub(r"(_dequant|_quantized)+$", "", name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence of tools that speak of their progress, and of packages they have no use for, natively too."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        logging.disable(level)
