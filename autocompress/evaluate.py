@@ -90,10 +90,10 @@ class Evaluator:
             key = self._latency_key(candidate, role)
             if key not in self._latency:
                 measured.append(self._measure(made[0], watch))
-                executed = self._executed(made[0], watch)
+                executed, diagnosis = self._executed(made[0], watch)
                 if role == "fp32":
                     self._reference_ms = measured[0].reference_ms
-                self._latency[key] = _Latency.of(measured[0], executed)
+                self._latency[key] = _Latency.of(measured[0], executed, diagnosis)
             else:
                 latency_from = self._latency[key].artifact
             meters = self._meters(made[0], watch, memory=self._with_memory, energy=self._with_energy)
@@ -240,11 +240,13 @@ class Evaluator:
         with watch("measure"):
             return self._host.measure([self._known_reference(), artifact], self._inputs("validation"))[0]
 
-    def _executed(self, artifact: Artifact, watch: Stopwatch) -> dict[str, str] | None:
+    def _executed(self, artifact: Artifact, watch: Stopwatch) -> tuple[dict[str, str] | None, dict[str, str]]:
+        """What ran in each layer, and what the runtime noticed."""
         with watch("read back"):
             found = self._host.executed(artifact, self._inputs("validation"))
+            noticed = self._host.diagnose(artifact, self._inputs("validation"))
         names = {layer.name for layer in self.structure.layers}
-        return None if found is None else {name: what for name, what in found.items() if name in names}
+        return None if found is None else {name: what for name, what in found.items() if name in names}, noticed
 
     def _latency_key(self, candidate: Candidate, role: Role) -> str:
         """Files of equal kernels share a latency; the vendor's file has kernels of its own.
@@ -273,6 +275,7 @@ class Evaluator:
             peak_memory_bytes=figures["peak_memory_bytes"],
             energy_mj=figures["energy_mj"],
             executed=latency.executed,
+            diagnosis=latency.diagnosis,
             reasons=reasons,
         )
 
@@ -310,7 +313,8 @@ class Evaluator:
         )
         if trial.measurement is not None:
             self._latency.setdefault(
-                self._latency_key(trial.candidate, trial.role), _Latency.of(trial.measurement, score.executed)
+                self._latency_key(trial.candidate, trial.role),
+                _Latency.of(trial.measurement, score.executed, score.diagnosis),
             )
 
 
@@ -337,12 +341,16 @@ class _Latency:
     ratio: float
     ratio_ci: Interval
     executed: Mapping[str, str] | None
+    diagnosis: Mapping[str, str]
 
     @classmethod
-    def of(cls, measurement: Measurement, executed: Mapping[str, str] | None) -> "_Latency":
+    def of(
+        cls, measurement: Measurement, executed: Mapping[str, str] | None, diagnosis: Mapping[str, str]
+    ) -> "_Latency":
         return cls(
             artifact=measurement.artifact_sha256,
             ratio=measurement.ratio,
             ratio_ci=measurement.ratio_ci,
             executed=executed,
+            diagnosis=diagnosis,
         )

@@ -180,6 +180,7 @@ def point_json(trial: Trial, front: Front) -> dict[str, Any]:
         "energy_mj": score.energy_mj,
         "front_probability": front.probability.get(trial.number),
         "executed_differs": trial.executed_differs,
+        "diagnosis": score.diagnosis,
         "candidate": trial.candidate,
         "artifact": {
             "path": trial.artifact.path,

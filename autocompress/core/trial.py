@@ -30,6 +30,7 @@ class Score:
         peak_memory_bytes: high-water mark of a fresh process that loads and runs the file, less what the runtime
             itself took before.
         executed: precision that really ran, by layer, read back from the runtime.
+        diagnosis: what the runtime noticed of how the file runs, such as into how many pieces LiteRT cuts the graph.
     """
 
     accuracy: float
@@ -43,6 +44,7 @@ class Score:
     peak_memory_bytes: int | None = None
     energy_mj: float | None = None
     executed: Mapping[str, str] | None = None
+    diagnosis: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -93,6 +93,10 @@ class AdbHost:
         """None: the tool does not tell."""
         return None
 
+    def diagnose(self, artifact: Artifact, inputs: Path) -> dict[str, str]:
+        """Nothing: the tool does not tell."""
+        return {}
+
     def peak_memory(self, artifact: Artifact, inputs: Path) -> int:
         """Bytes that loading and running the file adds to the tool's process there, as the tool tells."""
         self._connect()

@@ -40,6 +40,9 @@ class Host(Protocol):
     def executed(self, artifact: Artifact, inputs: Path) -> dict[str, str] | None:
         """Precision that really ran, by node name; None where the runtime does not tell."""
 
+    def diagnose(self, artifact: Artifact, inputs: Path) -> dict[str, str]:
+        """What the runtime noticed of how the file runs; empty where it tells nothing."""
+
     def peak_memory(self, artifact: Artifact, inputs: Path) -> int:
         """Bytes that loading and running the file adds to a fresh process."""
 
