@@ -81,13 +81,13 @@ class Choices:
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "precisions", self._precisions
-        yield "shapes of layers", self._shape_by_shape
         for arithmetic in self._bench.profile.float_precisions:
             if arithmetic != "fp32":
                 yield arithmetic, partial(self._arithmetic, arithmetic)
         for zeros in (*SPARSITIES, "2:4") if self._bench.profile.sparse_kernels else SPARSITIES:
             if zeros == "2:4" or all(v.faster for v in self.verdicts if v.choice.startswith("sparsity")):
                 yield sparse(zeros), partial(self._zeros, zeros)
+        yield "shapes of layers", self._shape_by_shape
 
     def _precisions(self) -> None:
         """Each on all layers that may have it; where another one is faster there, on each family by itself."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from autocompress.task import CheckedTask, Task
 
 SCHEMA = 1
-SECONDS = 150.0
+SECONDS = 140.0
 FOR_CHOICES = 0.6  # of the time: what is left is for widths
 
 

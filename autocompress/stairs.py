@@ -68,14 +68,14 @@ class Stairs:
         self._benches: dict[str, Bench | None] = {"": whole}
 
     def measure(self, deadline: float) -> tuple[list[Stair], list[str]]:
-        """Stairs of the groups, small parts first, and names of those for which the time did not last."""
+        """Stairs of the groups, and names of those for which the time did not last."""
         kinds: dict[str, list[Group]] = {}
         for group in self._structure.groups:
             if len(grid(group.width, self._step(group))) > 1:
                 kinds.setdefault(self._kind(group), []).append(group)
         found: list[Stair] = []
         left: list[str] = []
-        for alike in sorted(kinds.values(), key=lambda groups: (_holders(groups[0])[0] == "", -groups[0].width)):
+        for alike in sorted(kinds.values(), key=lambda groups: self._rank(groups[0])):
             if time.monotonic() >= deadline:
                 left += [f"widths of {group.name}" for group in alike]
                 continue
@@ -85,6 +85,12 @@ class Stairs:
             else:
                 found.append(stair)
         return found, left
+
+    def _rank(self, group: Group) -> tuple[bool, float]:
+        """Parts before the whole model, which takes longer, and where most widths may lie between stairs, first."""
+        step = self._step(group)
+        widths = grid(group.width, step)
+        return _holders(group)[0] == "", -sum(w % (2 * step) > 0 for w in widths) / len(widths)
 
     def _step(self, group: Group) -> int:
         return width_step(group, self._whole.profile)
