@@ -101,7 +101,7 @@ class TfliteFloat:
         return Lowered(data=data)
 
     def vendor_int8(self, watch: Watch) -> Lowered:
-        """litert-quantizer's own static recipe with its own calibration, over all operators it can quantize."""
+        """litert-quantizer's own recipe with its own calibration, over all operators it can quantize."""
         with watch("export"):
             items = [_feeds(batch, self._read) for batch in self._source.calibration(1)]
             return Lowered(data=vendor_quantized(self._data, items))

@@ -63,7 +63,10 @@ def quantized(data: bytes, recipe: "list[tuple[str, str, LayerChoice]]", ranges:
 
 
 def vendor_quantized(data: bytes, items: Sequence[Mapping[str, NDArray[Any]]]) -> bytes:
-    """`data` by litert-quantizer's static recipe, over all it can quantize, calibrated its way on `items`.
+    """`data` by litert-quantizer's own recipe over all it can quantize: static, calibrated its way on `items`.
+
+    For a model with attention it is the dynamic one, which the tool names for what loses too much by static ranges: a
+    mask of −1e4 before the softmax leaves the static file of a small encoder next to nothing of its accuracy.
 
     Raises:
         StageError: the quantizer fails.
@@ -73,6 +76,9 @@ def vendor_quantized(data: bytes, items: Sequence[Mapping[str, NDArray[Any]]]) -
         recipes = require("litert_quantizer.recipe", "tflite")
         types = require("litert_quantizer.qtyping", "tflite")
         try:
+            if has_attention(Flatbuffer(data)):
+                tool = quantizer.Quantizer(bytearray(data), recipes.dynamic_wi8_afp32())
+                return _sound(bytes(tool.quantize(enable_progress_report=False).quantized_model))
             tool = quantizer.Quantizer(bytearray(data), recipes.static_wi8_ai8())
             for end in ("INPUT", "OUTPUT"):  # a user's data comes in float and leaves in float
                 tool.update_quantization_recipe(".*", types.TFLOperationName(end), algorithm_key="no_quantize")
@@ -80,6 +86,13 @@ def vendor_quantized(data: bytes, items: Sequence[Mapping[str, NDArray[Any]]]) -
             return _sound(bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
         except Exception as error:  # a tool of many layers; what it raises is the answer
             raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+
+
+def has_attention(graph: Flatbuffer) -> bool:
+    """Whether computed matrices are multiplied with each other, twice or more, and there is a softmax."""
+    ops = list(graph.ops())
+    products = [o for o in ops if o.kind == "BATCH_MATMUL" and not any(graph.is_constant(i) for i in o.inputs)]
+    return len(products) > 1 and any(o.kind == "SOFTMAX" for o in ops)
 
 
 def _sound(data: bytes) -> bytes:

@@ -157,6 +157,13 @@ def test_the_vendors_file_takes_and_gives_floats(case: Get, tmp_path: Path) -> N
     assert set(executed.values()) == {"int8"}
 
 
+def test_the_vendors_file_of_a_model_with_attention_rounds_activations_at_run_time(case: Get, tmp_path: Path) -> None:
+    made = case("encoder")
+    got, executed = made.outputs(made.float.vendor_int8(lambda _: nullcontext()).data, tmp_path)
+    assert min(sqnr_db(w, g) for g, w in zip(got, made.torch(), strict=True)) > 20
+    assert {ran for name, ran in executed.items() if name in made.layers and name != "tokens"} == {"int8"}
+
+
 def test_what_the_quantizer_has_not_is_a_failure_with_its_words(case: Get) -> None:
     made = case("separable")
     with pytest.raises(StageError, match=r"litert-quantizer fails: .*DEPTHWISE_CONV_2D") as caught:
