@@ -78,7 +78,7 @@ def probe(
             bench = Bench(small, profile, host, Path(name) / "whole")
             choices = Choices(small, bench, shown)
             choices.measure(started + seconds * FOR_CHOICES)
-            shown.stage("widths")
+            shown.stage("probing widths")
             fastest = list(choices.extremes().items())[-1]
             stairs, left = Stairs(small, bench, host, Path(name), *fastest).measure(started + seconds)
         except StageError as error:

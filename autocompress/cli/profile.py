@@ -1,4 +1,4 @@
-"""`autocompress profile`: the shipped profiles, and one for this machine."""
+"""`autocompress profile`: the shipped profiles, one for this machine, and what pays on a target."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The command's grammar."""
-    parser = commands.add_parser("profile", help="list, show or detect hardware profiles")
+    parser = commands.add_parser("profile", help="list, show, detect or probe hardware profiles")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     for name, run, text in (
         ("list", run_list, "names of the shipped profiles"),
