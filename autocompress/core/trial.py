@@ -12,7 +12,7 @@ from autocompress.core.measurement import Interval, Measurement
 SCHEMA = 1
 Role = Literal["candidate", "fp32", "uniform-fp16", "uniform-bf16", "uniform-int8"]
 BASELINES: tuple[Role, ...] = ("fp32", "uniform-fp16", "uniform-bf16", "uniform-int8")
-_INTEGER = ("int8", "int4")
+_EIGHT_BITS = ("int8", "int4", "fp8")  # fp8 where the profile's dialect is that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,5 +98,5 @@ class Trial:
         if self.role == "uniform-int8":
             return {}
         integer = {name for name, choice in self.candidate.layers.items() if choice.kernel != "float"}
-        asked = {True: _INTEGER, False: (self.candidate.float_precision,)}
+        asked = {True: _EIGHT_BITS, False: (self.candidate.float_precision,)}
         return {name: ran for name, ran in self.score.executed.items() if ran not in asked[name in integer]}
