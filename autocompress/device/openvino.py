@@ -1,6 +1,7 @@
 """OpenVINO on an Intel or AMD processor, an Intel GPU or an Intel NPU."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -154,8 +155,17 @@ class OpenVinoSession:
 
 
 def _core() -> Any:
-    # The plugins behind it, and what they have loaded, are shared by all cores of a process.
-    return require("openvino", "openvino").Core()
+    return _core_of(require("openvino", "openvino"))
+
+
+@functools.cache
+def _core_of(openvino: Any) -> Any:
+    """One for the process, never let go of.
+
+    The processor's plugin (2026.4) sets a stack for signals, and frees it with its last core while it is still set: the
+    next signal that Python handles would end the process.
+    """
+    return openvino.Core()
 
 
 def _device(options: Options) -> str:
