@@ -153,7 +153,7 @@ def test_what_cannot_be_compiled_for_a_shape_is_a_failure_to_load(tmp_path: Path
 
 
 def test_there_is_one_core_for_the_process() -> None:
-    """With its last one OpenVINO 2026.4 frees a stack for signals that is still set: the next signal would be the end."""
+    """With its last one OpenVINO 2026.4 frees a stack for signals that is still set, and the next signal is the end."""
     from autocompress.device.openvino import _core
 
     assert _core() is _core()
