@@ -24,7 +24,10 @@ def uniform_int8(model: bytes, batches: Iterable[Feeds], profile: Profile) -> by
     Raises:
         StageError: the tool fails on this model.
     """
-    return _TOOLS.get(profile.runtime, onnxruntime_uniform_int8)(model, batches, profile)
+    through_tensorrt = profile.options.get("provider") == "tensorrt"  # ONNX Runtime hands the file over as it is
+    return _TOOLS.get("tensorrt" if through_tensorrt else profile.runtime, onnxruntime_uniform_int8)(
+        model, batches, profile
+    )
 
 
 def onnxruntime_uniform_int8(model: bytes, batches: Iterable[Feeds], profile: Profile) -> bytes:
