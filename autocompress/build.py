@@ -68,7 +68,7 @@ class Builder:
         self._weights = folder / "weights"
         sample = task.batch("calibration", range(min(2, len(task.split("calibration")))))[0]
         found, self._groups = describe(task.model, lambda model: task.call(model, sample))
-        self._exporter = _exporter(profile)(
+        self._exporter = exporter_of(profile)(
             task.model, [layer.name for layer in found.layers], self._source(sample), profile
         )
         self.structure = Structure(
@@ -177,8 +177,8 @@ class Builder:
         )
 
 
-def _exporter(profile: Profile) -> "MakesExporter":
-    """The exporter of the profile's format."""
+def exporter_of(profile: Profile) -> "MakesExporter":
+    """The exporter of the profile's format; with it come the packages it needs, which takes a second or two."""
     if profile.format == "onnx":
         from autocompress.export.onnx import OnnxExporter
 

@@ -4,11 +4,12 @@ import dataclasses
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress.build import Builder, Stopwatch
+from autocompress.build import Builder, Stopwatch, exporter_of
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError, TargetError
@@ -41,7 +42,10 @@ class Evaluator:
         self._task = task
         self._run = run
         self._host = host
-        facts = host.fingerprint().facts
+        with ThreadPoolExecutor(1) as pool:  # the worker starts while the exporter's packages are imported
+            asked = pool.submit(host.fingerprint)
+            exporter_of(profile)
+            facts = asked.result().facts
         profile, lacking = fitted(profile, facts)
         self._profile = profile
         self._builder = Builder(task, run.path, profile)

@@ -7,7 +7,7 @@ The steady state is every scored candidate after the first `--skip`: by then the
 written and the baselines are measured. A candidate's seconds are the time from one `trial` event of the log to the
 next, so that nothing is left out; the stages are what the trial itself recorded.
 
-    python benchmarks/cost.py --trials 60
+    python benchmarks/cost.py
 """
 
 import argparse
@@ -146,7 +146,7 @@ def show(found: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     """What is asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--skip", type=int, default=10, help="trials before the steady state")
     parser.add_argument("--items", type=int, default=2000, help="validation items")
     parser.add_argument("--space", default="default")

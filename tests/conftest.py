@@ -26,7 +26,7 @@ def quick_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for old, new in (
         ("name: cpu-onnxruntime", "name: quick"),
         ("min_blocks: 8", "min_blocks: 6"),
-        ("max_duration_s: 1.0", "max_duration_s: 0.3"),
+        ("max_duration_s: 0.8", "max_duration_s: 0.3"),
         ("processes: 3", "processes: 2"),
     ):
         assert old in text
