@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 try:
     from ai_edge_litert import interpreter as litert  # type: ignore[import-untyped]  # it has no stubs
 except ModuleNotFoundError:
@@ -25,8 +27,22 @@ def open_model(
     signature = next(iter(interpreter.get_signature_list()))
     runner = interpreter.get_signature_runner(signature)
 
+    types = {name: details["dtype"] for name, details in runner.get_input_details().items()}
+
     def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        found = runner(**inputs)
+        found = runner(**{name: _fitting(name, value, types.get(name)) for name, value in inputs.items()})
         return {name: found[name] for name in outputs}
 
     return run
+
+
+def _fitting(name: str, value: Any, wanted: Any) -> Any:
+    """Integers in the model's own type, where all of them fit: the converter makes 32 bits of 64."""
+    if wanted is None or value.dtype == wanted or not all(np.issubdtype(t, np.integer) for t in (value.dtype, wanted)):
+        return value
+    limits = np.iinfo(wanted)
+    if value.size and (value.min() < limits.min or value.max() > limits.max):
+        raise ValueError(
+            f"input {name!r} is {np.dtype(wanted)} in the model, and has values from {value.min()} to {value.max()}"
+        )
+    return value.astype(wanted)

@@ -9,8 +9,10 @@ import pytest
 from autocompress import search
 from autocompress.config import load_profile
 from autocompress.device.runtime import get_runtime
+from autocompress.pack import write_package
 from autocompress.run import Run, open_run
 from autocompress.task import check_task, load_task
+from tests.test_package import predicts
 
 TASKS = Path(__file__).resolve().parents[1] / "data" / "tasks"
 TARGETS = ("cpu-onnxruntime", "cpu-openvino", "cpu-litert")
@@ -77,3 +79,8 @@ def test_files_load_in_their_runtime_with_the_tasks_names(case: Case) -> None:
     item = {name: tensor.numpy().astype(types[name]) for name, tensor in task.batch("validation", range(1))[0].items()}
     assert tuple(session.run(item)) == task.outputs.names
     session.close()
+
+
+def test_a_package_predicts_with_its_runtime_alone(case: Case, tmp_path: Path) -> None:
+    package = write_package(case.run, case.run.front().points[0], tmp_path / "package")
+    predicts(package, tmp_path / "out.npz")
