@@ -17,7 +17,7 @@ from tests.test_package import predicts
 TASKS = Path(__file__).resolve().parents[1] / "data" / "tasks"
 TARGETS = ("cpu-onnxruntime", "cpu-openvino", "cpu-litert")
 NAMES = ("digits", "depthwise", "conv1d", "mlp", "transformer")
-TRIALS = 5
+TRIALS = 4
 # The four files run on ONNX Runtime in test_journeys, with all that comes after a search.
 CASES = [(target, name) for target in TARGETS for name in NAMES if target != "cpu-onnxruntime" or name == "digits"]
 
