@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from autocompress.build import Builder, Stopwatch, exporter_of
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
-from autocompress.core.errors import StageError, TargetError
+from autocompress.core.errors import StageError
 from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.probe import paying
 from autocompress.core.profile import Profile
 from autocompress.core.space import Space, SpaceRules, Structure
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.device.hosts import Host
+from autocompress.place import fitted
 from autocompress.probe import payoff_of, subject_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from autocompress.task import CheckedTask
 
 NOT_IN_SEARCH = "measured for the finished front only"
-SATURATING = ("onnxruntime", "openvino")  # their x86 kernels without VNNI add products in saturating 16 bits
 
 
 class Evaluator:
@@ -320,21 +320,6 @@ class Evaluator:
                 self._latency_key(trial.candidate, trial.role),
                 _Latency.of(trial.measurement, score.executed, score.diagnosis),
             )
-
-
-def fitted(profile: Profile, facts: Mapping[str, str]) -> tuple[Profile, dict[str, str]]:
-    """The profile without what the device, by its fingerprint's facts, cannot do; what that is, and why."""
-    from autocompress.export.qdq import integer_weight_bits
-
-    has = facts.get("float_precisions", " ".join(profile.float_precisions)).split()
-    lacking: dict[str, str] = {p: "the device has no such arithmetic" for p in profile.float_precisions if p not in has}
-    bits = profile.integer_weight_bits
-    if profile.runtime in SATURATING:
-        bits = min(bits, integer_weight_bits(facts))
-    kept = tuple(p for p in profile.float_precisions if p in has)
-    if not kept:
-        raise TargetError(f"the device computes in {', '.join(has)}, profile {profile.name} in {', '.join(lacking)}")
-    return dataclasses.replace(profile, integer_weight_bits=bits, float_precisions=kept), lacking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

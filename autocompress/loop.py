@@ -222,7 +222,7 @@ class Session:
         elapsed = time.monotonic() - self._started
         left = [self._budget.deadline - time.monotonic()] if self._budget.deadline < math.inf else []
         if self._budget.trials is not None:
-            left.append(elapsed / self._own * max(0, self._budget.trials - len(trials)))
+            left.append((elapsed - self._seconds["prepare"]) / self._own * max(0, self._budget.trials - len(trials)))
         return Status(
             done=len(trials),
             failures=sum(t.score is None for t in trials),

@@ -1,6 +1,7 @@
-"""Where a profile's device is: said by the profile or by `--on`, and checked before anything long begins."""
+"""A profile and its device: where that is, by the profile or by `--on`, and what of the profile it can do."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from autocompress.core.errors import TargetError
 from autocompress.core.measurement import Fingerprint
@@ -8,6 +9,7 @@ from autocompress.core.profile import Profile
 from autocompress.device.hosts import LOCAL, parse_hosts
 from autocompress.device.runtime import get_runtime
 
+SATURATING = ("onnxruntime", "openvino")  # their x86 kernels without VNNI add products in saturating 16 bits
 # Facts that devices of one kind share, so that each may time a part of one search.
 KIND = ("cpu_model", "arch", "flags", "runtime")
 
@@ -46,3 +48,18 @@ def check_kind(on: str, found: Fingerprint, known: Fingerprint) -> None:
     differs = [f"{name} is {changes[name][1]!r}, not {changes[name][0]!r}" for name in KIND if name in changes]
     if differs:
         raise TargetError(f"{on} is not the kind of device that this run is measured on: {'; '.join(differs)}")
+
+
+def fitted(profile: Profile, facts: Mapping[str, str]) -> tuple[Profile, dict[str, str]]:
+    """The profile without what the device, by its fingerprint's facts, cannot do; what that is, and why."""
+    from autocompress.export.qdq import integer_weight_bits
+
+    has = facts.get("float_precisions", " ".join(profile.float_precisions)).split()
+    lacking: dict[str, str] = {p: "the device has no such arithmetic" for p in profile.float_precisions if p not in has}
+    bits = profile.integer_weight_bits
+    if profile.runtime in SATURATING:
+        bits = min(bits, integer_weight_bits(facts))
+    kept = tuple(p for p in profile.float_precisions if p in has)
+    if not kept:
+        raise TargetError(f"the device computes in {', '.join(has)}, profile {profile.name} in {', '.join(lacking)}")
+    return dataclasses.replace(profile, integer_weight_bits=bits, float_precisions=kept), lacking

@@ -55,8 +55,7 @@ def probe(
     """
     from autocompress.config import load_profile
     from autocompress.device.hosts import open_host
-    from autocompress.evaluate import fitted
-    from autocompress.place import check_runtime, placed
+    from autocompress.place import check_runtime, fitted, placed
     from autocompress.progress import Silent
     from autocompress.stairs import Stairs
     from autocompress.task import check_task, load_task

@@ -35,28 +35,10 @@ from torch.utils.data import TensorDataset
 
 from autocompress import Task, search
 from autocompress.loop import WORK
+from benchmarks.networks import Basic
 
 CLASSES = 10
 LIMIT_S, LIMIT_OVERHEAD = 1.5, 0.15
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
 class ResNet20(nn.Module):
@@ -67,7 +49,7 @@ class ResNet20(nn.Module):
         self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(16)
         shapes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-        self.layers = nn.Sequential(*(Block(*shape) for shape in shapes))
+        self.layers = nn.Sequential(*(Basic(*shape) for shape in shapes))
         self.fc = nn.Linear(64, CLASSES)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -211,6 +211,12 @@ def test_a_model_that_the_exported_graph_does_not_equal_is_a_fault_of_the_task(t
         Builder(tiny.task(Noisy, nets.rows), folder(tmp_path), PROFILE)
 
 
+def test_activations_rounded_at_run_time_are_not_made_for_onnx(builder: Builder) -> None:
+    with pytest.raises(StageError, match="layer 'fc': w8d8 is made for LiteRT only") as caught:
+        build(builder, Candidate(layers={"fc": parse_precision("w8d8")}))
+    assert caught.value.stage == "export"
+
+
 def test_the_vendors_file_is_that_of_the_original(builder: Builder, task: CheckedTask) -> None:
     watch = Stopwatch()
     artifact = builder.vendor_int8(watch)

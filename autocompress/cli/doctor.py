@@ -121,7 +121,8 @@ def _print(found: dict[str, Any]) -> None:
                 for key, value in one.get("device", {}).items():
                     print(f"    {key}: {value}")
             else:
-                print(f"  {name}: not usable: {one['reason']}\n    {one['install']}")
+                way_out = "" if one["install"] in one["reason"] else f"\n    {one['install']}"
+                print(f"  {name}: not usable: {one['reason']}{way_out}")
     print("Extras")
     for extra, missing in found["extras"].items():
         state = f"missing {', '.join(missing)}\n    pip install 'autocompress[{extra}]'" if missing else "installed"

@@ -31,13 +31,12 @@ from autocompress.core.measurement import Fingerprint, MeasurePlan
 from autocompress.core.record import from_json, to_json
 from autocompress.device import files, meters
 from autocompress.device.fingerprint import Machine, fingerprint, usable_cores
+from autocompress.device.inputs import Inputs
 from autocompress.device.lock import measuring_lock
 from autocompress.device.runtime import Array, Options, Runtime, Session, TellsDiagnosis, TellsFacts, get_runtime
 from autocompress.device.timing import CLOCKS, clock_name, interleave
 
 KEPT_SESSIONS = 4
-BATCH_ITEMS = 16
-BATCH_BYTES = 16 * 2**20
 MEMORY_RUNS = 5
 ENERGY_S = 1.0
 
@@ -88,7 +87,7 @@ class Worker:
         raise ValueError(f"no job {job['job']!r}")
 
     def _measure(
-        self, runtime: str, artifacts: list[Artifact], inputs: "Inputs", options: Options, plan: MeasurePlan
+        self, runtime: str, artifacts: list[Artifact], inputs: Inputs, options: Options, plan: MeasurePlan
     ) -> dict[str, Any]:
         if emulator := Machine().emulator:
             raise TargetError(f"{emulator} plays the processor here: latency under emulation is no measurement")
@@ -102,7 +101,7 @@ class Worker:
         return {"clock": clock, "blocks": blocks, "fingerprint": self._fingerprint(runtime, options)}
 
     def _outputs(
-        self, runtime: Runtime, artifact: Artifact, inputs: "Inputs", out: Path, options: Options
+        self, runtime: Runtime, artifact: Artifact, inputs: Inputs, out: Path, options: Options
     ) -> dict[str, list[int]]:
         batch = inputs.batch if artifact.dynamic_batch else 1
         starts = deque(range(0, inputs.count, batch))
@@ -148,20 +147,20 @@ class Worker:
                 array.flush()  # type: ignore[attr-defined]
         return {name: list(array.shape) for name, array in written.items()}
 
-    def _executed(self, session: Session, inputs: "Inputs") -> dict[str, str] | None:
+    def _executed(self, session: Session, inputs: Inputs) -> dict[str, str] | None:
         with self._stage("measure"):
             session.run(inputs.first)
             found = session.executed_precision()
         return None if found is None else dict(found)
 
-    def _diagnose(self, session: Session, inputs: "Inputs") -> dict[str, str]:
+    def _diagnose(self, session: Session, inputs: Inputs) -> dict[str, str]:
         if not isinstance(session, TellsDiagnosis):
             return {}
         with self._stage("measure"):
             session.run(inputs.first)
             return dict(session.diagnosis())
 
-    def _memory(self, runtime: str, artifact: Artifact, inputs: "Inputs", options: Options) -> int:
+    def _memory(self, runtime: str, artifact: Artifact, inputs: Inputs, options: Options) -> int:
         verify(artifact)
         item = inputs.first
         added = meters.memory_added(runtime, options)
@@ -171,7 +170,7 @@ class Worker:
                 session.run(item)
             return max(1, added())
 
-    def _energy(self, session: Session, inputs: "Inputs", counter: meters.EnergyCounter | str) -> float | str:
+    def _energy(self, session: Session, inputs: Inputs, counter: meters.EnergyCounter | str) -> float | str:
         with self._stage("measure"):
             call = session.bind(inputs.first)
 
@@ -224,49 +223,6 @@ class Worker:
         except Exception as error:
             text = str(error) if isinstance(error, AutocompressError) else f"{type(error).__name__}: {error}"
             raise StageError(stage, text) from error
-
-
-class Inputs:
-    """A folder with one `<input name>.npy` per input, items along the first axis.
-
-    Integers are given in the type of the model, where all of them fit: a converter may make 32 bits of 64.
-    """
-
-    def __init__(self, folder: Path, dtypes: Mapping[str, np.dtype[Any]]) -> None:
-        files = sorted(folder.glob("*.npy"))
-        if not files:
-            raise StageError("load", f"there are no inputs: {folder} holds no .npy file")
-        self._arrays = {f.stem: np.load(f, mmap_mode="r", allow_pickle=False) for f in files}
-        counts = {name: len(array) for name, array in self._arrays.items()}
-        if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise StageError("load", f"the inputs in {folder} must have the same number of items, got {counts}")
-        self.count = next(iter(counts.values()))
-        self._dtypes = {name: self._dtype(name, dtypes.get(name, array.dtype)) for name, array in self._arrays.items()}
-
-    @property
-    def first(self) -> dict[str, Array]:
-        """The first item as a batch of one."""
-        return self.items(0, 1)
-
-    @property
-    def batch(self) -> int:
-        """Items that go into one batch."""
-        item_bytes = sum(array[:1].nbytes for array in self._arrays.values())
-        return int(np.clip(BATCH_BYTES // max(1, item_bytes), 1, BATCH_ITEMS))
-
-    def items(self, start: int, stop: int) -> dict[str, Array]:
-        """A batch, in memory."""
-        return {name: np.array(array[start:stop], self._dtypes[name]) for name, array in self._arrays.items()}
-
-    def _dtype(self, name: str, wanted: np.dtype[Any]) -> np.dtype[Any]:
-        array = self._arrays[name]
-        has: np.dtype[Any] = array.dtype
-        if has == wanted or not all(np.issubdtype(t, np.integer) for t in (has, wanted)):
-            return has
-        low, high, limits = array.min(), array.max(), np.iinfo(wanted)
-        if low < limits.min or high > limits.max:
-            raise StageError("load", f"input {name!r} is {wanted} in the model, and its values go from {low} to {high}")
-        return wanted
 
 
 def verify(artifact: Artifact) -> None:

@@ -113,6 +113,9 @@ class OnnxFloat:
     def lower(self, candidate: Candidate, watch: Watch) -> Lowered:
         """A copy of the graph with the candidate's choices, as bytes."""
         layers = {name: choice for name, choice in candidate.layers.items() if name in self._template.nodes}
+        for name, choice in layers.items():
+            if choice.dynamic:
+                raise StageError("export", f"layer {name!r}: {choice.precision} is made for LiteRT only")
         integer = any(choice.kernel == "int8" for choice in layers.values())
         if integer and self._stats is None:
             with watch("calibrate"):

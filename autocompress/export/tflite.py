@@ -22,7 +22,7 @@ from autocompress.core.profile import Profile
 from autocompress.export.exporter import Batch, Lowered, Source, Watch
 from autocompress.export.flatbuffer import Flatbuffer
 from autocompress.export.parity import FLOAT_TOLERANCE, float_difference
-from autocompress.export.tflite_layers import find_layers
+from autocompress.export.tflite_layers import find_layers, weights_of
 from autocompress.export.tflite_quantize import check_types, joins, quantized, quiet, vendor_quantized
 
 _STRIDE = 61
@@ -58,16 +58,18 @@ class TfliteExporter:
             difference = _difference(data, model, self._source)
         if difference > FLOAT_TOLERANCE:
             raise StageError("export", _differs(difference))
-        return TfliteFloat(data, found, self._source)
+        lost = (weights_of(model).keys() & self._layers) - found.keys() - self.unmapped.keys()
+        return TfliteFloat(data, found, lost, self._source)
 
 
 class TfliteFloat:
     """A float flatbuffer, and what calibration saw of it."""
 
-    def __init__(self, data: bytes, layers: Mapping[str, str], source: Source) -> None:
-        """`layers` are those found in the file, with the kind of their operator."""
+    def __init__(self, data: bytes, layers: Mapping[str, str], lost: set[str], source: Source) -> None:
+        """`layers` are those found in the file, with the kind of their operator; `lost` are no longer found in it."""
         self._data = data
         self._layers = layers
+        self._lost = lost
         self._source = source
         self._stats: dict[str, ActivationStats] | None = None
         self._read = Flatbuffer(data)
@@ -88,6 +90,8 @@ class TfliteFloat:
         """The file quantized as the candidate says, its types read back."""
         layers = {name: choice for name, choice in candidate.layers.items() if name in self._layers}
         static = {name for name, choice in layers.items() if choice.kernel == "int8"}
+        for name in self._lost & {n for n, choice in candidate.layers.items() if choice.precision != "fp32"}:
+            raise StageError("export", f"layer {name!r} of the compressed model: {_UNMAPPED}")
         if not any(choice.precision != "fp32" for choice in layers.values()):
             return Lowered(data=self._data)
         if static and self._stats is None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -18,14 +19,15 @@ LIKE = (0.999, 0.9)
 
 
 def find_layers(graph: Flatbuffer, model: nn.Module, layers: Sequence[str]) -> dict[str, Op]:
-    """The operator of each layer that exactly one operator can be, and that no other layer can be."""
+    """The operator of each layer that exactly one operator can be, and that no other layer can be.
+
+    Of `layers`, those that the model has are looked for: a student may lack some.
+    """
     ops = {op.outputs[0]: op for op in graph.ops() if op.kind in WEIGHTED}
     rows = {key: channels for key, op in ops.items() if (channels := _op_channels(graph, op)) is not None}
-    likeness = {
-        (name, key): _likeness(_layer_channels(model.get_submodule(name)), channels)
-        for name in layers
-        for key, channels in rows.items()
-    }
+    weights = weights_of(model)
+    wanted = {name: _layer_channels(weights[name]) for name in layers if name in weights}
+    likeness = {(name, key): _likeness(channels, row) for name, channels in wanted.items() for key, row in rows.items()}
     found: dict[str, Op] = {}
     for least in LIKE:
         pairs = [pair for pair, value in likeness.items() if value > least and pair[0] not in found]
@@ -44,8 +46,14 @@ def _op_channels(graph: Flatbuffer, op: Op) -> NDArray[Any] | None:
     return _unit(weight.reshape(len(weight), -1))
 
 
-def _layer_channels(layer: nn.Module) -> NDArray[Any]:
-    weight = layer.get_parameter("weight").detach().cpu().numpy()
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weight of each layer that has one, by the layer's name."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name.removesuffix(".weight"): weight for name, weight in named if name.endswith(".weight")}
+
+
+def _layer_channels(tensor: torch.Tensor) -> NDArray[Any]:
+    weight = tensor.detach().cpu().numpy()
     if weight.ndim > 2:
         weight = np.moveaxis(weight, 1, -1)
     return _unit(weight.reshape(len(weight), -1))

@@ -65,8 +65,9 @@ def quantized(data: bytes, recipe: "list[tuple[str, str, LayerChoice]]", ranges:
 def vendor_quantized(data: bytes, items: Sequence[Mapping[str, NDArray[Any]]]) -> bytes:
     """`data` by litert-quantizer's own recipe over all it can quantize: static, calibrated its way on `items`.
 
-    For a model with attention it is the dynamic one, which the tool names for what loses too much by static ranges: a
-    mask of −1e4 before the softmax leaves the static file of a small encoder next to nothing of its accuracy.
+    For a model with attention it is the dynamic one, which the tool's documentation prefers where a device does not
+    need integers throughout. A mask of −1e4 before the softmax left the static file of a small encoder 0.09 of the
+    original's 0.997 (tests/data/tasks/transformer.py), the dynamic one lost nothing.
 
     Raises:
         StageError: the quantizer fails.

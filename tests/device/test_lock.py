@@ -1,5 +1,6 @@
 """The device's lock, between processes and users."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -57,5 +58,5 @@ def test_another_users_file_serves(tmp_path: Path) -> None:
     path.touch(mode=0o444)
     if os.geteuid() == 0:
         os.chown(path, 12345, 12345)
-    with measuring_lock(path=path):
-        pass
+    with measuring_lock(path=path), path.open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

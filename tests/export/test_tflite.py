@@ -190,6 +190,28 @@ def test_layers_of_equal_weights_are_left_alone(case: Get) -> None:
     assert "twin" not in found
 
 
+def test_a_student_may_lack_a_layer(case: Get) -> None:
+    made = case("residual")
+    student = seeded(nets.Residual)
+    student.short = nn.Sequential(student.short)
+    choices = made.uniform("w8a8")
+    found = made.exporter.convert(student, "student", lambda _: nullcontext()).lower(
+        Candidate(layers=choices), lambda _: nullcontext()
+    )
+    check_types(found.data, {name: choice for name, choice in choices.items() if name != "short"})
+
+
+def test_a_choice_for_a_layer_that_is_no_longer_found_is_a_failure_not_forgotten(case: Get) -> None:
+    made = case("residual")
+    twin = seeded(nets.Residual)
+    with torch.no_grad():
+        twin.conv1.weight.zero_()
+    converted = made.exporter.convert(twin, "twin", lambda _: nullcontext())
+    converted.lower(Candidate(layers={"conv2": parse_precision("w8a8")}), lambda _: nullcontext())
+    with pytest.raises(StageError, match="layer 'conv1' of the compressed model: its weight is not read by exactly"):
+        converted.lower(Candidate(layers={"conv1": parse_precision("w8a8")}), lambda _: nullcontext())
+
+
 def test_a_model_that_cannot_be_converted_is_a_fault_of_the_task(case: Get) -> None:
     from autocompress.core.errors import TaskError
 
