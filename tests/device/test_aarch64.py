@@ -20,6 +20,7 @@ from tests.device.elsewhere import ROOT, WORKER, ElsewhereHost
 from tests.models import artifact_of, write_inputs
 from tests.tflite_files import MIXED_PRECISIONS, write_convs, write_mixed
 
+pytestmark = pytest.mark.emulated
 ITEMS = np.random.default_rng(3).normal(size=(5, 8, 8, 3)).astype(np.float32)
 
 
