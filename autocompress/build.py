@@ -106,10 +106,12 @@ class Builder:
         )
 
     def _float(self, candidate: Candidate, watch: Stopwatch) -> "FloatModel":
+        from autocompress.compress.quantize import Learned
+
         key = candidate.weights_key
         if key not in self._floats:
             model = self._compress(candidate, watch)
-            self._floats[key] = self._exporter.convert(model, _topology(candidate), watch)
+            self._floats[key] = self._exporter.convert(model, candidate.shape_key, watch, Learned())
             if len(self._floats) > _KEPT:
                 self._floats.popitem(last=False)
         self._floats.move_to_end(key)
@@ -190,7 +192,3 @@ def exporter_of(profile: Profile) -> "MakesExporter":
     raise InputError(
         f"profile {profile.name}: no candidate is made in format {profile.format!r}: 'onnx' and 'tflite' are"
     )
-
-
-def _topology(candidate: Candidate) -> str:
-    return repr((candidate.student, sorted(candidate.widths.items())))

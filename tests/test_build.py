@@ -14,8 +14,9 @@ from autocompress.build import Builder, Stopwatch
 from autocompress.compress.width import cut_widths
 from autocompress.config import load_profile
 from autocompress.core.artifact import Artifact, sha256_of
-from autocompress.core.candidate import Candidate, LayerChoice, Recipe, Sparsity, parse_precision
+from autocompress.core.candidate import Candidate, LayerChoice, Sparsity, parse_precision
 from autocompress.core.errors import StageError, TargetError, TaskError
+from autocompress.core.recipe import Recipe
 from autocompress.export.parity import float_difference, run_onnx, sqnr_db
 from autocompress.task import CheckedTask
 from tests import nets, tiny

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from autocompress.core.artifact import Artifact, sha256_of
-from autocompress.core.candidate import Candidate, LayerChoice, Recipe, parse_precision
+from autocompress.core.candidate import Candidate, LayerChoice, parse_precision
 from autocompress.core.errors import StageError
 from autocompress.core.front import Front, Limits
 from autocompress.core.measurement import Fingerprint, Measurement
+from autocompress.core.recipe import Recipe
 from autocompress.core.trial import Failure, Trial
 from autocompress.device.local import LocalHost
 from autocompress.evaluate import NOT_IN_SEARCH, Evaluator

@@ -4,13 +4,14 @@ Weights are symmetric, per output channel; activations are asymmetric, per tenso
 padding and ReLU are exact (Jacob et al., 2018; Krishnamoorthi, 2018).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.core.candidate import Calibrator
 from autocompress.core.errors import StageError
+from autocompress.core.recipe import Calibrator
 
 PERCENTILE = 99.99
 _SHRINKS = np.linspace(1.0, 0.4, 25)
@@ -33,6 +34,19 @@ class ActivationScale:
 
     scale: float
     zero_point: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What preparing weights for bits found out, by layer; the export takes it instead of finding its own.
+
+    Attributes:
+        scales: of each output channel's weights, which lie on scale × integer.
+        inputs: lowest and highest value of the layer's input.
+    """
+
+    scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def quantize_weight(weight: NDArray[np.float32], bits: int, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

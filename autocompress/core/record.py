@@ -16,12 +16,17 @@ from typing import Any, TypeVar
 from autocompress.core.errors import InputError, unknown
 
 T = TypeVar("T")
+RARE: Mapping[str, bool] = types.MappingProxyType({"rare": True})
 
 
 def to_json(value: Any) -> Any:
-    """The JSON form of a value: dataclass → object, tuple → array; a float that is not finite is refused."""
+    """The JSON form of a value: dataclass → object, tuple → array; a float that is not finite is refused.
+
+    A field whose metadata is RARE is written only where it is not its default: that keeps records short, and equal to
+    those of versions that did not have it.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if _told(f, value)}
     if isinstance(value, Mapping):
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -31,6 +36,13 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise InputError(f"a record cannot hold a {type(value).__name__}")
+
+
+def _told(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.metadata != RARE:
+        return True
+    made = field.default_factory
+    return bool(getattr(value, field.name) != (field.default if made is dataclasses.MISSING else made()))
 
 
 def from_json(cls: type[T], data: Any) -> T:

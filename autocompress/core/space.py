@@ -12,17 +12,16 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from autocompress.core.candidate import (
-    Calibrator,
     Candidate,
     FloatPrecision,
     LayerChoice,
-    Recipe,
     SparsityName,
     parse_precision,
     parse_sparsity,
 )
 from autocompress.core.errors import ConfigError, unknown
 from autocompress.core.profile import Profile
+from autocompress.core.recipe import CALIBRATORS, Calibrator, Recipe
 
 T = TypeVar("T")
 Choice = str | int | float
@@ -306,9 +305,10 @@ def _against_pattern(layer: Layer, profile: Profile) -> str | None:
 
 
 def _calibrator(value: object) -> Calibrator:
-    if value == "minmax" or value == "percentile" or value == "mse":
-        return value
-    raise ConfigError(unknown("calibrator", str(value), ("minmax", "percentile", "mse")))
+    for known in CALIBRATORS:
+        if value == known:
+            return known
+    raise ConfigError(unknown("calibrator", str(value), CALIBRATORS))
 
 
 def _union(choices: Iterable[tuple[T, ...]]) -> tuple[T, ...]:

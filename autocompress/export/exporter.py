@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from autocompress.compress.quantize import Learned
 from autocompress.core.artifact import Format, TensorSpec
 from autocompress.core.candidate import Candidate
 from autocompress.core.profile import Profile
@@ -84,8 +85,10 @@ class Exporter(Protocol):
     unmapped: Mapping[str, str]
     difference: float
 
-    def convert(self, model: nn.Module, topology: str, watch: Watch) -> FloatModel:
+    def convert(self, model: nn.Module, topology: str, watch: Watch, learned: Learned) -> FloatModel:
         """The model in float; models of equal `topology` differ in weights only. Stages "export" and "check".
+
+        What is `learned` of its layers stands for what the exporter would find itself.
 
         Raises:
             StageError: it cannot be exported, or its outputs differ from torch's; stage "export".

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from autocompress.compress.quantize import ActivationStats
+from autocompress.compress.quantize import ActivationStats, Learned
 from autocompress.core.artifact import Format, TensorSpec
 from autocompress.core.candidate import Candidate, LayerChoice
 from autocompress.core.errors import StageError, TaskError
@@ -51,27 +51,27 @@ class OnnxExporter:
         if self.difference > FLOAT_TOLERANCE:
             raise TaskError(_differs(self.difference))
 
-    def convert(self, model: nn.Module, topology: str, watch: Watch) -> "OnnxFloat":
+    def convert(self, model: nn.Module, topology: str, watch: Watch, learned: Learned) -> "OnnxFloat":
         """The model as a graph: of the original's template, or where sizes are baked into that, of its own."""
         if topology not in self._templates and set(self._original.weights) <= _names(model):
             with contextlib.suppress(StageError):  # a size baked into the graph: ONNX Runtime refuses the cut weights
-                return self._filled(self._original, model, watch)
+                return self._filled(self._original, model, watch, learned)
         if topology not in self._templates:
             with watch("export"):
                 self._templates[topology] = self._export(model)
             if len(self._templates) > _KEPT:
                 self._templates.popitem(last=False)
         self._templates.move_to_end(topology)
-        return self._filled(self._templates[topology], model, watch)
+        return self._filled(self._templates[topology], model, watch, learned)
 
-    def _filled(self, template: Template, model: nn.Module, watch: Watch) -> "OnnxFloat":
+    def _filled(self, template: Template, model: nn.Module, watch: Watch, learned: Learned) -> "OnnxFloat":
         with watch("export"):
             graph = template.fill(model)
         with watch("check"):
             difference = self._difference(template, graph, model)
         if difference > FLOAT_TOLERANCE:
             raise StageError("export", _differs(difference))
-        return OnnxFloat(template, graph, self._source, self._profile, self._checked)
+        return OnnxFloat(template, graph, self._source, self._profile, self._checked, learned)
 
     def _export(self, model: nn.Module) -> Template:
         source = self._source
@@ -90,7 +90,13 @@ class OnnxFloat:
     """A float graph, and what calibration saw of it."""
 
     def __init__(
-        self, template: Template, graph: ir.Model, source: Source, profile: Profile, checked: set[str]
+        self,
+        template: Template,
+        graph: ir.Model,
+        source: Source,
+        profile: Profile,
+        checked: set[str],
+        learned: Learned,
     ) -> None:
         """`checked` holds the kernel keys whose optimised outputs were compared with unoptimised ones."""
         self._template = template
@@ -98,6 +104,7 @@ class OnnxFloat:
         self._source = source
         self._profile = profile
         self._checked = checked
+        self._learned = learned
         self._stats: dict[str, ActivationStats] | None = None
 
     @property
@@ -132,7 +139,7 @@ class OnnxFloat:
     def _lowered(self, layers: Mapping[str, LayerChoice], candidate: Candidate) -> ir.Model:
         graph, stats, calibrator = self._graph.clone(), self._stats or {}, candidate.recipe.calibrator
         if self._profile.dialect == "uint8":
-            return lower(graph, layers, stats, calibrator)
+            return lower(graph, layers, stats, calibrator, self._learned)
         return lower_symmetric(
             graph, layers, stats, calibrator, dialect=self._profile.dialect, floats=candidate.float_precision
         )

@@ -12,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from autocompress.compress.quantize import ActivationScale, ActivationStats, activation_scale, quantize_weight
-from autocompress.core.candidate import Calibrator, LayerChoice
+from autocompress.compress.quantize import ActivationScale, ActivationStats, Learned, activation_scale, quantize_weight
+from autocompress.core.candidate import LayerChoice
 from autocompress.core.errors import StageError
+from autocompress.core.recipe import Calibrator
 from autocompress.export.graph import array_of, constant, insert, only_consumer, tidy
 from autocompress.export.storage import store_floats, store_integers, store_scaled
 
@@ -93,6 +94,7 @@ def lower(
     layers: Mapping[str, LayerChoice],
     stats: Mapping[str, ActivationStats],
     calibrator: Calibrator,
+    learned: Learned = Learned(),  # noqa: B008 (frozen)
 ) -> ir.Model:
     """Quantize `model` in place as `layers` say.
 

@@ -17,8 +17,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from autocompress.compress.quantize import PERCENTILE, ActivationStats, quantize_weight
-from autocompress.core.candidate import Calibrator, FloatPrecision, LayerChoice
+from autocompress.core.candidate import FloatPrecision, LayerChoice
 from autocompress.core.errors import StageError
+from autocompress.core.recipe import Calibrator
 from autocompress.export.floats import cast_floats, positive
 from autocompress.export.graph import array_of, constant, insert, only_consumer, tidy
 

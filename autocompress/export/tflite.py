@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from autocompress.compress.quantize import ActivationStats, activation_scale
+from autocompress.compress.quantize import ActivationStats, Learned, activation_scale
 from autocompress.core.artifact import Format, TensorSpec
-from autocompress.core.candidate import Calibrator, Candidate, LayerChoice
+from autocompress.core.candidate import Candidate, LayerChoice
 from autocompress.core.errors import StageError, TaskError
 from autocompress.core.extras import require
 from autocompress.core.profile import Profile
+from autocompress.core.recipe import Calibrator
 from autocompress.export.exporter import Batch, Lowered, Source, Watch
 from autocompress.export.flatbuffer import Flatbuffer
 from autocompress.export.parity import FLOAT_TOLERANCE, float_difference
@@ -50,7 +51,13 @@ class TfliteExporter:
         if self.difference > FLOAT_TOLERANCE:
             raise TaskError(_differs(self.difference))
 
-    def convert(self, model: nn.Module, topology: str, watch: Watch) -> "TfliteFloat":  # noqa: ARG002 (all is traced anew)
+    def convert(
+        self,
+        model: nn.Module,
+        topology: str,  # noqa: ARG002 (all is traced anew)
+        watch: Watch,
+        learned: Learned,
+    ) -> "TfliteFloat":
         """The model as a float flatbuffer."""
         with watch("export"):
             data, found = _named(_convert(model, self._source), model, self._layers, self._source)
@@ -59,18 +66,21 @@ class TfliteExporter:
         if difference > FLOAT_TOLERANCE:
             raise StageError("export", _differs(difference))
         lost = (weights_of(model).keys() & self._layers) - found.keys() - self.unmapped.keys()
-        return TfliteFloat(data, found, lost, self._source)
+        return TfliteFloat(data, found, lost, self._source, learned)
 
 
 class TfliteFloat:
     """A float flatbuffer, and what calibration saw of it."""
 
-    def __init__(self, data: bytes, layers: Mapping[str, str], lost: set[str], source: Source) -> None:
+    def __init__(
+        self, data: bytes, layers: Mapping[str, str], lost: set[str], source: Source, learned: Learned
+    ) -> None:
         """`layers` are those found in the file, with the kind of their operator; `lost` are no longer found in it."""
         self._data = data
         self._layers = layers
         self._lost = lost
         self._source = source
+        self._learned = learned
         self._stats: dict[str, ActivationStats] | None = None
         self._read = Flatbuffer(data)
 

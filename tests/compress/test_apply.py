@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from autocompress.compress.apply import apply, hold, settle_batchnorm, sparsity_masks
 from autocompress.compress.layers import describe
 from autocompress.compress.width import cut_widths
-from autocompress.core.candidate import Candidate, LayerChoice, Recipe, Sparsity
+from autocompress.core.candidate import Candidate, LayerChoice, Sparsity
 from autocompress.core.errors import StageError
+from autocompress.core.recipe import Recipe
 from autocompress.tasks import digits
 from tests import nets
 from tests.compress.conftest import Described, same, state_of

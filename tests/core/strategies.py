@@ -5,8 +5,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from autocompress.core.artifact import Artifact, TensorSpec
-from autocompress.core.candidate import WEIGHT_BITS, Candidate, LayerChoice, Recipe, Sparsity
+from autocompress.core.candidate import WEIGHT_BITS, Candidate, LayerChoice, Sparsity
 from autocompress.core.measurement import Fingerprint, Measurement, MeasurePlan
+from autocompress.core.recipe import Recipe
 from autocompress.core.trial import Failure, Score, Trial
 
 NAMES = st.text("abc.0", min_size=1, max_size=6)

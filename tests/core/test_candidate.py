@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocompress.core.candidate import Candidate, LayerChoice, Recipe, Sparsity, parse_precision, parse_sparsity
+from autocompress.core.candidate import Candidate, LayerChoice, Sparsity, parse_precision, parse_sparsity
 from autocompress.core.errors import InputError
+from autocompress.core.recipe import Recipe
 from autocompress.core.record import from_json, to_json
 from tests.core.strategies import CANDIDATES, LAYER_CHOICES, NAMES
 
@@ -94,9 +95,9 @@ def test_precision_is_read_back_from_its_name(choice: LayerChoice) -> None:
     [
         (lambda: Sparsity(ratio=1.2), r"`sparsity` must be in \(0, 1\), got 1.2"),
         (lambda: Sparsity(ratio=0.25, pattern="2:4"), "`sparsity` of pattern 2:4 is 0.5, got 0.25"),
-        (lambda: parse_sparsity("4:8"), r"`sparsities` must be '2:4' or in \[0, 1\), got '4:8'"),
+        (lambda: parse_sparsity("3:4"), r"`sparsities` must be 2:4, .* or in \[0, 1\), got '3:4'"),
         (lambda: LayerChoice(weight_bits=9), "`weight_bits` must be one of .*, got 9"),
-        (lambda: LayerChoice(activation_bits=16), r"`activation_bits` must be one of \(8, 32\), got 16"),
+        (lambda: LayerChoice(activation_bits=16), r"`activation_bits` must be one of .*, got 16"),
         (lambda: LayerChoice(weight_bits=16, activation_bits=8), "w16a8: quantized activations need quantized weights"),
         (lambda: Recipe(recover_steps=-1), "`recover_steps` must be at least 0, got -1"),
         (lambda: Candidate(student=0.0), "`student` must be a positive width, got 0.0"),

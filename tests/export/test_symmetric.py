@@ -8,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from autocompress.config import load_profile
-from autocompress.core.candidate import Calibrator, FloatPrecision, LayerChoice, parse_precision
+from autocompress.core.candidate import FloatPrecision, LayerChoice, parse_precision
 from autocompress.core.errors import StageError
+from autocompress.core.recipe import Calibrator
 from autocompress.export.graph import to_bytes
 from autocompress.export.parity import run_onnx, sqnr_db
 from autocompress.export.symmetric import Dialect, lower_symmetric, weighted_layers
