@@ -147,7 +147,7 @@ class Bench:
         )
 
     def _built(self, candidate: Candidate) -> Artifact:
-        return self.builder.build(candidate, Stopwatch())
+        return self.builder.build(candidate, Stopwatch()).artifact
 
     def _run(self, artifact: Artifact) -> Arrays:
         with tempfile.TemporaryDirectory(prefix="autocompress-") as out:

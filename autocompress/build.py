@@ -2,18 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from autocompress.core.artifact import Artifact
-from autocompress.core.candidate import Candidate
+from autocompress.core.candidate import Candidate, LayerChoice
 from autocompress.core.errors import AutocompressError, InputError, StageError
 from autocompress.core.profile import Profile
 from autocompress.core.space import Structure
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from autocompress.compress.apply import Compressed
+    from autocompress.compress.material import Material
     from autocompress.export.exporter import FloatModel, Lowered, MakesExporter, Source
     from autocompress.task import CheckedTask
 
-SETTLE_ITEMS = 128  # BatchNorm statistics are estimated anew on so many items
 CALIBRATION_ITEMS = 128
-BATCH = 32
+BATCH = 64  # of scoring in torch
+GATE_ITEMS = 1000  # validation items that a gate and an early stop look at
 _KEPT = 4  # float models kept in memory: candidates that differ in bits only share one
 
 
@@ -52,6 +56,22 @@ class Stopwatch:
             self.seconds[stage] += time.monotonic() - before
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A file, and what it holds: `candidate` is what was reached, `notes` say what was undone on the way and why."""
+
+    artifact: Artifact
+    candidate: Candidate
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Float:
+    model: "FloatModel"
+    done: Candidate
+    notes: tuple[str, ...]
+
+
 class Builder:
     """Makes artifacts of one task's model, in the format of one profile.
 
@@ -60,37 +80,63 @@ class Builder:
         float_difference: largest difference of the exported original to torch, relative to the largest output.
     """
 
-    def __init__(self, task: "CheckedTask", folder: Path, profile: Profile) -> None:
+    def __init__(
+        self,
+        task: "CheckedTask",
+        folder: Path,
+        profile: Profile,
+        progress: Callable[[str, int, int, float], None] = lambda *_: None,
+    ) -> None:
+        """`progress` is told of training: what, step, steps, loss."""
+        from autocompress.compress.apply import Setting
         from autocompress.compress.layers import describe
 
         self._task = task
         self._artifacts = folder / "artifacts"
         self._weights = folder / "weights"
         sample = task.batch("calibration", range(min(2, len(task.split("calibration")))))[0]
-        found, self._groups = describe(task.model, lambda model: task.call(model, sample))
+        found, anatomy = describe(task.model, lambda model: task.call(model, sample))
         self._exporter = exporter_of(profile)(
             task.model, [layer.name for layer in found.layers], self._source(sample), profile
         )
         self.structure = Structure(
             layers=tuple(layer for layer in found.layers if layer.name not in self._exporter.unmapped),
             groups=found.groups,
+            heads=found.heads,
+            blocks=found.blocks,
             left_alone={**found.left_alone, **self._exporter.unmapped},
         )
-        self._floats: OrderedDict[str, FloatModel] = OrderedDict()
+        self._setting = Setting(
+            original=task.model,
+            anatomy=dataclasses.replace(anatomy, student=task.task.student),
+            material=self._material(),
+            reference=functools.cache(lambda: self._validate(task.model)),
+            dialect="uint8" if profile.dialect == "uint8" else "int8",
+            progress=progress,
+            cache=folder / "teachers",
+        )
+        self._floats: OrderedDict[str, _Float] = OrderedDict()
         self.float_difference = self._exporter.difference
 
-    def build(self, candidate: Candidate, watch: Stopwatch) -> Artifact:
+    def build(self, candidate: Candidate, watch: Stopwatch, *, fallback: bool = False) -> Built:
         """The artifact of a candidate, a file in the run's artifacts folder.
+
+        With `fallback` it is that of the model before the stage that prepares for bits, all in float.
 
         Raises:
             StageError: it cannot be made, or does not compute what the compressed model computes.
         """
-        model = self._float(candidate, watch)
-        return self._write(candidate.digest, model, model.lower(candidate, watch))
+        made = self._float(candidate, watch, fallback=fallback)
+        lowered = made.model.lower(made.done, watch)
+        return Built(
+            artifact=self._write((made.done if fallback else candidate).digest, made.model, lowered),
+            candidate=made.done,
+            notes=made.notes,
+        )
 
     def vendor_int8(self, watch: Stopwatch) -> Artifact:
         """Uniform INT8 of the original by the runtime's own tool."""
-        model = self._float(Candidate(), watch)
+        model = self._float(Candidate(), watch).model
         return self._write("uniform-int8", model, model.vendor_int8(watch))
 
     def _source(self, sample: "Mapping[str, torch.Tensor]") -> "Source":
@@ -102,66 +148,103 @@ class Builder:
             outputs=task.outputs.names,
             by_keyword=task.inputs.kind == "dict",
             run=lambda model, batch: task.flatten_outputs(task.call(model, dict(batch))),
-            calibration=lambda size: self._batches("calibration", CALIBRATION_ITEMS, size),
+            calibration=lambda size: (inputs for inputs, _ in self._calibration(CALIBRATION_ITEMS, size)),
         )
 
-    def _float(self, candidate: Candidate, watch: Stopwatch) -> "FloatModel":
-        from autocompress.compress.quantize import Learned
-
-        key = candidate.weights_key
+    def _float(self, candidate: Candidate, watch: Stopwatch, *, fallback: bool = False) -> "_Float":
+        key = candidate.weights_key + (" fallback" if fallback else "")
         if key not in self._floats:
-            model = self._compress(candidate, watch)
-            self._floats[key] = self._exporter.convert(model, candidate.shape_key, watch, Learned())
+            made = self._compress(candidate, watch)
+            if fallback and made.fallback is not None:
+                made = made.fallback
+            self._floats[key] = _Float(
+                model=self._exporter.convert(made.model, made.done.shape_key, watch, made.learned),
+                done=made.done,
+                notes=made.notes,
+            )
             if len(self._floats) > _KEPT:
                 self._floats.popitem(last=False)
         self._floats.move_to_end(key)
-        return self._floats[key]
+        found = self._floats[key]
+        bits = candidate.without_bits() if fallback else candidate
+        return dataclasses.replace(found, done=_with_bits(found.done, bits))
 
-    def _compress(self, candidate: Candidate, watch: Stopwatch) -> "nn.Module":
-        from safetensors.torch import load_file, save_file
-
+    def _compress(self, candidate: Candidate, watch: Stopwatch) -> "Compressed":
+        """The float model of a candidate: made, or read where this run made it before and it was not quickly done."""
         from autocompress.compress.apply import apply
+        from autocompress.compress.kept import read, write
 
-        saved = self._weights / f"{candidate.weights_key}.safetensors"
-        recipe = candidate.recipe
-        known = recipe.recover_steps > 0 and saved.exists()
-        if known:
-            candidate = dataclasses.replace(candidate, recipe=dataclasses.replace(recipe, recover_steps=0))
-        model = apply(
-            candidate,
-            self._task.model,
-            self._groups,
-            self._task.call,
-            student=self._task.task.student,
-            settle=(lambda: ()) if known else self._settle_batches,
-            train=lambda: self._train_batches(candidate.weights_key),
-            classifies=self._task.task.loss is None,
-            stage=watch,
-        )
-        if known:
-            model.load_state_dict(load_file(saved))
-        elif recipe.recover_steps:
+        path = self._weights / f"{candidate.weights_key}.safetensors"
+        if path.exists():
+            with watch("compress"):
+                return read(path, self._setting)
+        made = apply(candidate, self._setting, watch)
+        if candidate.recipe.recover_steps or candidate.recipe.quantizes:
             self._weights.mkdir(exist_ok=True)
-            temporary = saved.with_suffix(f".{os.getpid()}")
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-            temporary.replace(saved)
-        return model
+            write(path, made)
+        return made
 
-    def _settle_batches(self) -> "Iterator[dict[str, torch.Tensor]]":
-        return self._batches("calibration", SETTLE_ITEMS, BATCH)
+    def _material(self) -> "Material":
+        from autocompress.compress.material import Material
 
-    def _batches(self, split: str, items: int, size: int) -> "Iterator[dict[str, torch.Tensor]]":
-        count = min(items, len(self._task.split(split)))
+        task = self._task
+        train = task.split("train")
+        few = range(min(2, len(train)))
+        return Material(
+            call=task.call,
+            classifies=task.task.loss is None,
+            loss=task.loss if self._has_labels(few) else None,
+            items=len(train),
+            fetch=lambda indices: task.batch("train", indices),
+            fixed=self._is_fixed(few),
+            calibration=self._calibration,
+            validate=self._validate,
+            teachers=[build().cpu().eval() for build in task.task.teachers],
+        )
+
+    def _has_labels(self, few: range) -> bool:
+        """Whether train items have targets that the loss takes; distillation needs none."""
+        import torch
+
+        inputs, targets = self._task.batch("train", few)
+        try:
+            with torch.no_grad():
+                loss = self._task.loss(self._task.call(self._task.model, inputs), targets)
+        except Exception:  # the user's loss may raise anything
+            return False
+        return bool(torch.isfinite(loss).all())
+
+    def _is_fixed(self, few: range) -> bool:
+        """Whether train items are the same each time they are read, as far as reading two of them three times tells."""
+        first = self._task.batch("train", few)[0]
+        again = (self._task.batch("train", few)[0] for _ in range(2))
+        return all(bool((batch[name] == tensor).all()) for batch in again for name, tensor in first.items())
+
+    def _validate(self, model: "nn.Module") -> float:
+        """The metric of a torch model on at most so many validation items, evenly spread."""
+        import torch
+
+        task, count = self._task, len(self._task.split("validation"))
+        chosen = np.unique(np.linspace(0, count - 1, min(count, GATE_ITEMS)).astype(int))
+        outputs: dict[str, list[np.ndarray]] = defaultdict(list)
+        targets = []
+        training = model.training
+        model.eval()
+        for start in range(0, len(chosen), BATCH):
+            inputs, wanted = task.batch("validation", chosen[start : start + BATCH].tolist())
+            with torch.no_grad():
+                for name, tensor in task.flatten_outputs(task.call(model, inputs)).items():
+                    outputs[name].append(tensor.float().cpu().numpy() if tensor.is_floating_point() else tensor.numpy())
+            targets.append(task.split("validation").targets.flatten(wanted))
+        model.train(training)
+        found = {name: np.concatenate(parts) for name, parts in outputs.items()}
+        known = {name: np.concatenate([t[name].numpy() for t in targets]) for name in targets[0]}
+        return task.metric(task.unflatten(found), task.split("validation").targets.build(known))
+
+    def _calibration(self, items: int, size: int) -> "Iterator[tuple[dict[str, torch.Tensor], Any]]":
+        count = min(items, len(self._task.split("calibration")))
         for start in range(0, count, size):
-            yield self._task.batch(split, range(start, min(start + size, count)))[0]
-
-    def _train_batches(self, seed: str) -> "Iterator[dict[str, torch.Tensor]]":
-        rng = np.random.default_rng(int(seed[:16], 16))
-        count = len(self._task.split("train"))
-        while True:
-            order = rng.permutation(count)
-            for start in range(0, max(1, count - BATCH + 1), BATCH):
-                yield self._task.batch("train", order[start : start + BATCH].tolist())[0]
+            yield self._task.batch("calibration", range(start, min(start + size, count)))
 
     def _write(self, name: str, model: "FloatModel", lowered: "Lowered") -> Artifact:
         path = self._artifacts / f"{name}{self._exporter.suffix}"
@@ -192,3 +275,17 @@ def exporter_of(profile: Profile) -> "MakesExporter":
     raise InputError(
         f"profile {profile.name}: no candidate is made in format {profile.format!r}: 'onnx' and 'tflite' are"
     )
+
+
+def _with_bits(done: Candidate, candidate: Candidate) -> Candidate:
+    """What was reached for one candidate, for another one of the same weights: its bits and calibration.
+
+    Where weights depend on bits there is no other one.
+    """
+    if candidate.recipe.quantizes:
+        return done if candidate.has_bits else done.without_bits()
+    layers = {}
+    for name, choice in candidate.layers.items():
+        reached = done.layers.get(name, LayerChoice())
+        layers[name] = dataclasses.replace(choice, sparsity=reached.sparsity, rank=reached.rank)
+    return dataclasses.replace(done, layers=layers, float_precision=candidate.float_precision, recipe=candidate.recipe)

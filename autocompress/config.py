@@ -1,4 +1,4 @@
-"""Profiles and search spaces: YAML files to core values, strictly.
+"""Profiles, search spaces and recipes: YAML files to core values, strictly.
 
 A name means a shipped file, found beside the package in a source checkout and inside it in an installed wheel;
 anything that ends in `.yaml` or `.yml` is a path. Every fault is one ConfigError: file, key, value, way out.
@@ -19,10 +19,11 @@ from pydantic_core import ErrorDetails
 
 from autocompress.core.errors import ConfigError, unknown
 from autocompress.core.profile import Profile
+from autocompress.core.recipe import Plan
 from autocompress.core.space import KINDS, SpaceRules
 
 T = TypeVar("T")
-Folder = Literal["hardware_profiles", "search_spaces"]
+Folder = Literal["hardware_profiles", "search_spaces", "recipes"]
 
 
 def load_profile(name_or_path: str) -> Profile:
@@ -40,12 +41,34 @@ def load_profile(name_or_path: str) -> Profile:
 
 
 def load_space(name_or_path: str) -> SpaceRules:
-    """The search space of a shipped name or of a YAML file.
+    """The search space of a shipped name or of a YAML file; recipes that it names are read too.
 
     Raises:
-        ConfigError: there is no such space, or the file does not say what a space must.
+        ConfigError: there is no such space or recipe, or the file does not say what a space must.
     """
-    return _load(_locate(name_or_path, "search_spaces", "space"), SpaceRules)
+    path = _locate(name_or_path, "search_spaces", "space")
+    data = _read(path)
+    if isinstance(data, dict) and isinstance(data.get("recipes"), list):
+        data["recipes"] = [_recipe(path, named) for named in data["recipes"]]
+    return _checked(path, data, SpaceRules)
+
+
+def load_recipe(name_or_path: str) -> Plan:
+    """The recipe of a shipped name or of a YAML file.
+
+    Raises:
+        ConfigError: there is no such recipe, or the file does not say what a recipe must.
+    """
+    return _load(_locate(name_or_path, "recipes", "recipe"), Plan)
+
+
+def _recipe(space: Path, named: Any) -> Any:
+    """What a space lists as a recipe: its own words, or those of the recipe it names, files relative to the space."""
+    if not isinstance(named, str):
+        return named
+    if named.endswith((".yaml", ".yml")):
+        named = str(space.parent / named)
+    return _read(_locate(named, "recipes", "recipe"))
 
 
 def profile_names() -> tuple[str, ...]:
@@ -56,6 +79,11 @@ def profile_names() -> tuple[str, ...]:
 def space_names() -> tuple[str, ...]:
     """Names of the shipped search spaces, sorted."""
     return _names("search_spaces")
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the shipped recipes, sorted."""
+    return _names("recipes")
 
 
 def profile_file(name_or_path: str) -> Path:
@@ -109,7 +137,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _load(path: Path, cls: type[T]) -> T:
-    data = _read(path)
+    return _checked(path, _read(path), cls)
+
+
+def _checked(path: Path, data: Any, cls: type[T]) -> T:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is expected, got {_shown(data)}")
     try:  # as JSON, where pydantic's strict mode takes a list for a tuple and still no "8" for 8

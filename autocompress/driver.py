@@ -1,6 +1,7 @@
 """Search for compressed models of a task on a target: what a user calls, and what a worker process runs."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from autocompress.core.errors import InputError, RunError, StageError
 from autocompress.core.front import Limits, parse_objectives
 from autocompress.core.profile import Profile
+from autocompress.core.recipe import Plan
 from autocompress.core.space import SpaceRules
 from autocompress.device.hosts import LOCAL, open_host, parse_hosts
 from autocompress.loop import Budget, CandidateEvaluator, Session, require_fp32, seeds
@@ -35,6 +37,7 @@ def search(
     target: Profile | Path | str,
     *,
     space: SpaceRules | Path | str = "default",
+    recipe: Plan | Path | str | None = None,
     trials: int | None = 100,
     timeout: float | None = None,
     objectives: Sequence[str] = ("accuracy", "latency"),
@@ -60,6 +63,7 @@ def search(
         task: a Task, or a reference to one (built-in name, `file.py`, `file.py:name`, `module:name`).
         target: a profile, its name or its file.
         space: search-space rules, their name or file.
+        recipe: how every candidate is made, its name or file; default is what the space lists.
         trials: trials in the record at which to end, baselines and failures counted; None where only time ends it.
         timeout: seconds after which no trial is begun; the last measuring of the front comes on top.
         objectives: accuracy, latency, and optionally size, memory, energy.
@@ -80,7 +84,7 @@ def search(
         TargetError: target or runtime is not usable here, or fp32 fails on it.
         Interrupted: stopped by a signal.
     """
-    from autocompress.config import load_profile, load_space
+    from autocompress.config import load_profile, load_recipe, load_space
     from autocompress.task import check_task, load_task
 
     _check_arguments(trials, timeout, workers, fidelity, recover_steps)
@@ -93,6 +97,9 @@ def search(
     hosts = parse_hosts(profile.host)
     workers = max(workers, len(hosts))
     rules = space if isinstance(space, SpaceRules) else load_space(str(space))
+    if recipe is not None:
+        plan = recipe if isinstance(recipe, Plan) else load_recipe(str(recipe))
+        rules = dataclasses.replace(rules, recipes=(plan,))
     reference = task if isinstance(task, str) else None
     if workers > 1 and reference is None:
         raise InputError("workers > 1 needs the task as a reference, such as 'task.py': each process loads it anew")
@@ -124,7 +131,7 @@ def search(
     try:
         with run.lock(), Signals().installed() as signals:
             shown.stage(f"preparing {run.config.task_name} for {profile.name}")
-            with _evaluator(checked, run, hosts[0]) as evaluator:
+            with _evaluator(checked, run, hosts[0], shown) as evaluator:
                 for what, why in evaluator.space.dropped.items():
                     shown.note(f"not searched: {what}: {why}")
                 conduct(
@@ -243,7 +250,9 @@ def contribute(
 
 
 @contextlib.contextmanager
-def _evaluator(task: "CheckedTask", run: Run, on: str) -> Iterator[CandidateEvaluator]:
+def _evaluator(
+    task: "CheckedTask", run: Run, on: str, progress: Progress | None = None
+) -> Iterator[CandidateEvaluator]:
     from autocompress.evaluate import Evaluator
 
     config = run.config
@@ -251,7 +260,7 @@ def _evaluator(task: "CheckedTask", run: Run, on: str) -> Iterator[CandidateEval
         known = next((t.measurement for t in run.trials() if t.measurement is not None), None)
         if on != LOCAL and known is not None:
             check_kind(on, host.fingerprint(), known.fingerprint)
-        yield Evaluator(task, run, config.profile, config.rules, host)
+        yield Evaluator(task, run, config.profile, config.rules, host, progress or Silent())
 
 
 def _open_study(evaluator: CandidateEvaluator, run: Run, *, offset: int) -> "Study":

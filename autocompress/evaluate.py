@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress.build import Builder, Stopwatch, exporter_of
+from autocompress.build import Builder, Built, Stopwatch, exporter_of
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
 from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.probe import paying
 from autocompress.core.profile import Profile
-from autocompress.core.space import Space, SpaceRules, Structure
+from autocompress.core.space import Space, SpaceRules, Structure, with_stages_that_pay
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.device.hosts import Host
 from autocompress.place import fitted
 from autocompress.probe import payoff_of, subject_of
+from autocompress.progress import Progress, Training
 
 if TYPE_CHECKING:
     from autocompress.run import Run
@@ -38,7 +39,15 @@ class Evaluator:
         space: the variables of the search.
     """
 
-    def __init__(self, task: "CheckedTask", run: "Run", profile: Profile, rules: SpaceRules, host: Host) -> None:
+    def __init__(
+        self,
+        task: "CheckedTask",
+        run: "Run",
+        profile: Profile,
+        rules: SpaceRules,
+        host: Host,
+        progress: Progress | None = None,
+    ) -> None:
         self._task = task
         self._run = run
         self._host = host
@@ -48,12 +57,12 @@ class Evaluator:
             facts = asked.result().facts
         profile, lacking = fitted(profile, facts)
         self._profile = profile
-        self._builder = Builder(task, run.path, profile)
+        self._builder = Builder(task, run.path, profile, Training(progress) if progress else lambda *_: None)
         self.structure: Structure = self._builder.structure
         space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
         space = dataclasses.replace(space, dropped={**lacking, **space.dropped})
         payoff = payoff_of(run, subject_of(task, self.structure, profile), facts)
-        self.space: Space = space if payoff is None else paying(space, payoff)
+        self.space: Space = with_stages_that_pay(space if payoff is None else paying(space, payoff))
         self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
         self._with_energy = "energy" in run.config.objectives
         self._items = len(task.split("validation"))
@@ -85,12 +94,12 @@ class Evaluator:
         made: list[Artifact] = []
         measured: list[Measurement] = []
         latency_from = None
+        notes: tuple[str, ...] = ()
         outcome: Score | Failure
         try:
-            made.append(self._build(candidate, role, watch))
-            if role == "fp32":
-                self._reference = made[0]
-            figures = self._accuracy_of(made[0], watch)
+            built, figures = self._made(candidate, role, watch)
+            made.append(built.artifact)
+            candidate, notes = built.candidate, built.notes
             key = self._latency_key(candidate, role)
             if key not in self._latency:
                 measured.append(self._measure(made[0], watch))
@@ -116,12 +125,28 @@ class Evaluator:
             measurement=measured[0] if measured else None,
             latency_from=latency_from,
             seconds=dict(watch.seconds),
+            notes=notes,
         )
 
-    def _build(self, candidate: Candidate, role: Role, watch: Stopwatch) -> Artifact:
+    def _made(self, candidate: Candidate, role: Role, watch: Stopwatch) -> tuple[Built, dict[str, Any]]:
+        """The file of a candidate, and its accuracy; without bits where it fails the gate of their stage."""
         if role == "uniform-int8":
-            return self._builder.vendor_int8(watch)
-        return self._builder.build(candidate, watch)
+            built = Built(artifact=self._builder.vendor_int8(watch), candidate=candidate)
+        else:
+            built = self._builder.build(candidate, watch)
+        if role == "fp32":
+            self._reference = built.artifact
+        figures = self._accuracy_of(built.artifact, watch)
+        stage = candidate.recipe.last_gate
+        if role != "candidate" or stage is None or stage.gate is None or not built.candidate.has_bits:
+            return built, figures
+        lost = 100 * (self._accuracy[self._known_reference().key]["accuracy"] - figures["accuracy"])
+        if lost <= stage.gate:
+            return built, figures
+        why = f"stage {stage.name!r} was undone: its file lost {lost:.2f} points, the limit is {stage.gate:g}"
+        built = self._builder.build(candidate, watch, fallback=True)
+        built = dataclasses.replace(built, notes=(*built.notes, why))
+        return built, self._accuracy_of(built.artifact, watch)
 
     def finalise(self, trials: Sequence[Trial]) -> list[Trial]:
         """These trials measured again, round-robin in fresh processes, with test accuracy and peak memory.
@@ -249,8 +274,7 @@ class Evaluator:
         with watch("read back"):
             found = self._host.executed(artifact, self._inputs("validation"))
             noticed = self._host.diagnose(artifact, self._inputs("validation"))
-        names = {layer.name for layer in self.structure.layers}
-        return None if found is None else {name: what for name, what in found.items() if name in names}, noticed
+        return None if found is None else _by_layer(found, {layer.name for layer in self.structure.layers}), noticed
 
     def _latency_key(self, candidate: Candidate, role: Role) -> str:
         """Files of equal kernels share a latency; the vendor's file has kernels of its own.
@@ -320,6 +344,17 @@ class Evaluator:
                 self._latency_key(trial.candidate, trial.role),
                 _Latency.of(trial.measurement, score.executed, score.diagnosis),
             )
+
+
+def _by_layer(found: Mapping[str, str], names: set[str]) -> dict[str, str]:
+    """What ran, by layer of the original; of a layer that is two factors now both, where they differ."""
+    by_layer: dict[str, list[str]] = {}
+    for name, what in found.items():
+        whole = name.rpartition(".")[0]
+        layer = name if name in names else whole if whole in names else None
+        if layer is not None:
+            by_layer.setdefault(layer, []).append(what)
+    return {layer: " and ".join(dict.fromkeys(ran)) for layer, ran in by_layer.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

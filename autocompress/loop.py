@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -29,7 +29,10 @@ FINAL_POINTS = 16
 UNIFORM_FLOATS: Mapping[str, Role] = {"fp16": "uniform-fp16", "bf16": "uniform-bf16"}
 # In these stages a model or a file runs: on data (training, calibrating, scoring, checking, reading back) or timed.
 # The rest is overhead.
-WORK = ("settle", "recover", "calibrate", "check", "score", "interval", "measure", "read back", "finalise")
+WORK = (
+    "settle", "recover", "quantize", "gate", "calibrate", "check", "score", "interval", "measure", "read back",
+    "finalise",
+)  # fmt: skip
 
 
 class CandidateEvaluator(Protocol):
@@ -194,7 +197,9 @@ class Session:
         return next((t.score for t in self._study.known if t.role == "fp32" and t.score is not None), None)
 
     def _report(self, trial: Trial) -> None:
-        fields = {"number": trial.number, "role": trial.role, "seconds": dict(trial.seconds)}
+        fields: dict[str, Any] = {"number": trial.number, "role": trial.role, "seconds": dict(trial.seconds)}
+        if trial.notes:
+            fields["notes"] = list(trial.notes)
         if isinstance(trial.outcome, Failure):
             self._run.log("failure", **fields, **dataclasses.asdict(trial.outcome))
         else:

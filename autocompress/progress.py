@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LINE_EVERY_S = 5.0
+TRAINING_S = 10.0
 SHOWN_POINTS = 8
 
 
@@ -151,6 +152,20 @@ class LiveView:
         if self._stage:
             parts.append(Text(self._stage))
         return Group(*parts)
+
+
+class Training:
+    """Tells a view of a training that is going on, every few seconds."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._told = time.monotonic()
+
+    def __call__(self, what: str, step: int, steps: int, loss: float) -> None:
+        """After a step."""
+        if time.monotonic() - self._told >= TRAINING_S:
+            self._told = time.monotonic()
+            self._progress.stage(f"{what}: step {step} of {steps}, loss {loss:.3g}")
 
 
 def open_progress(stream: TextIO | None = None) -> Progress:

@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.config import load_profile, load_space, profile_file, profile_names, space_names
+from autocompress.config import (
+    load_profile,
+    load_recipe,
+    load_space,
+    profile_file,
+    profile_names,
+    recipe_names,
+    space_names,
+)
 from autocompress.core.errors import ConfigError
+from autocompress.core.recipe import DEFAULT_STAGES
 from autocompress.core.space import Group, Layer, Structure
 
 PROFILE = profile_file("cpu-onnxruntime").read_text(encoding="utf-8")
@@ -96,7 +105,11 @@ def test_a_file_that_is_not_there_is_named() -> None:
             "conv2: [w8a8, w4a8",
             "`precisions`: Unknown layer kind 'conv2'. Did you mean 'conv2d'?",
         ),
-        ("conv2d: [w8a8, w4a8", "conv2d: [w8a8, w4a9", "`activation_bits` must be one of (8, 32), got 9"),
+        (
+            "conv2d: [w8a8, w4a8",
+            "conv2d: [w8a8, w4a9",
+            "`activation_bits` must be one of (2, 3, 4, 5, 6, 7, 8, 32), got 9",
+        ),
         ("conv2d: [w8a8, w4a8", "conv2d: [int8, w4a8", "a precision is 'fp32' or like 'w8a8'"),
         ("format: onnx", "format: onx", "`format`: should be 'onnx', 'openvino', 'tflite' or 'tensorrt', got 'onx'"),
         ("format: onnx\n", "", "the key 'format' is missing"),
@@ -127,7 +140,11 @@ def test_a_fault_in_a_profile_is_one_sentence_with_file_key_and_value(
         ("widths:", "width:", "Unknown key 'width'. Did you mean 'widths'?"),
         ("[conv2d]", "[conv3d]", "`layers[0].kind[0]`: should be 'conv1d', 'conv2d', 'linear' or 'embedding'"),
         ("[1.0, 0.5]", "[1.5]", "`widths[0]`: `ratios` must be in (0, 1], got 1.5"),
-        ("[0.0, 0.5]", "[1.0]", "`layers[0]`: `sparsities` must be '2:4' or in [0, 1), got 1.0"),
+        (
+            "[0.0, 0.5]",
+            "[1.0]",
+            "`layers[0]`: `sparsities` must be 2:4, 1:4, 4:8, like 'block 0.5', or in [0, 1), got 1.0",
+        ),
         ("[fp32, w8a8]", "w8a8", "`layers[0].precisions`: should be a valid array, got 'w8a8'"),
         ("name: mine", "name: mine\nprecision_by: blocks", "`precision_by`: should be 'block', 'layer' or 'model'"),
         ("name: mine", "name: mine\nstudents: [0]", "`students` must be positive widths, got 0"),
@@ -159,3 +176,33 @@ def test_what_is_not_said_has_its_default(tmp_path: Path) -> None:
     rules = load_space(str(path))
     assert (rules.precision_by, rules.calibrators, rules.students) == ("block", ("minmax",), ())
     assert rules.layers[0].sparsities == (0.0, 0.5)
+
+
+def test_every_shipped_recipe_can_be_read() -> None:
+    assert "default" in recipe_names()
+    for name in recipe_names():
+        assert load_recipe(name).name == name
+    assert load_recipe("default").stages == DEFAULT_STAGES
+
+
+def test_a_space_lists_recipes_by_name_by_file_and_in_its_own_words(tmp_path: Path) -> None:
+    own = "name: mine\nstages: [{name: learn, train: {optimizer: sgd}}]\n"
+    (tmp_path / "mine.yaml").write_text(own)
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        f"name: s\ndescription: d\nrecipes: [rewind, mine.yaml, {{{own.replace(chr(10), ', ', 1).strip()}}}]"
+    )
+    with pytest.raises(ConfigError, match="with a name of its own each"):
+        load_space(str(space))
+    space.write_text("name: s\ndescription: d\nrecipes: [rewind, mine.yaml]")
+    assert [plan.name for plan in load_space(str(space)).recipes] == ["rewind", "mine"]
+    space.write_text("name: s\ndescription: d\nrecipes: [rewnd]")
+    with pytest.raises(ConfigError, match="rewind"):
+        load_space(str(space))
+
+
+def test_a_fault_in_a_recipe_names_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nstages: [{name: learn, train: {optimizer: adam}}]")
+    with pytest.raises(ConfigError, match=r"stages\[0\].train.optimizer.*'adam'"):
+        load_recipe(str(path))

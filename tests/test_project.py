@@ -26,7 +26,7 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-PROJECT_FOLDERS = ("autocompress", "benchmarks", "docs", "hardware_profiles", "search_spaces", "tests")
+PROJECT_FOLDERS = ("autocompress", "benchmarks", "docs", "hardware_profiles", "recipes", "search_spaces", "tests")
 
 
 def changelog_versions() -> list[tuple[str, str]]:
@@ -78,6 +78,7 @@ def test_wheel_has_profiles_spaces_weights_and_types(wheel: set[str]) -> None:
     """What the installed package reads beside its modules is in the wheel."""
     wanted = {f"autocompress/{p.relative_to(ROOT)}" for p in (ROOT / "hardware_profiles").glob("*.yaml")}
     wanted |= {f"autocompress/{p.relative_to(ROOT)}" for p in (ROOT / "search_spaces").glob("*.yaml")}
+    wanted |= {f"autocompress/{p.relative_to(ROOT)}" for p in (ROOT / "recipes").glob("*.yaml")}
     assert len(wanted) > 4
     assert {*wanted, "autocompress/py.typed", "autocompress/tasks/digits.safetensors"} <= wheel
 

@@ -13,6 +13,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("task", metavar="TASK", help="built-in name, file.py, file.py:name or module:name")
     parser.add_argument("--target", required=True, metavar="NAME|FILE", help="profile to search for")
     parser.add_argument("--space", default="default", metavar="NAME|FILE", help="search space (default: default)")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="how candidates are made (default: as the space says)")
     parser.add_argument(
         "--objectives",
         type=arguments.names,
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         anchored(args.task),
         args.target,
         space=args.space,
+        recipe=args.recipe,
         trials=trials,
         timeout=args.timeout,
         objectives=args.objectives,

@@ -1,142 +1,336 @@
-"""A candidate applied to the user's model: cut, silence weights, settle BatchNorm, recover. The original stays."""
+"""A candidate applied to the user's model, stage by stage of its recipe. The original stays as it is."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from autocompress.compress.recover import recover
-from autocompress.compress.width import ChannelGroup, cut_widths
-from autocompress.core.candidate import Candidate
-from autocompress.core.errors import StageError
+from autocompress.compress.absorb import absorb
+from autocompress.compress.bias import correct_bias
+from autocompress.compress.cut import Anatomy, choices, cut, on_the_way
+from autocompress.compress.equalize import equalize
+from autocompress.compress.importance import ranked
+from autocompress.compress.material import Batch, Material
+from autocompress.compress.qat import Aware
+from autocompress.compress.quantize import Learned
+from autocompress.compress.reconstruct import reconstruct
+from autocompress.compress.recover import train
+from autocompress.compress.rounding import adaround
+from autocompress.compress.settle import settle_batchnorm
+from autocompress.compress.sparsify import Gradual, hold, masks, rewound
+from autocompress.core.candidate import Candidate, LayerChoice
+from autocompress.core.recipe import Importance, Prune, Quantize, Stage, Train, parts
 
-Batch = Mapping[str, torch.Tensor]
-Call = Callable[[nn.Module, Batch], Any]
+Watch = Callable[[str], AbstractContextManager[None]]
+SETTLE_ITEMS = 128  # BatchNorm statistics are estimated anew on so many items
+SETTLE_BATCH = 32
 
 
-def apply(
-    candidate: Candidate,
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    call: Call,
-    *,
-    student: Callable[[float], nn.Module] | None = None,
-    settle: Callable[[], Iterable[Batch]],
-    train: Callable[[], Iterator[Batch]],
-    classifies: bool = True,
-    stage: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
-) -> nn.Module:
-    """The float model a candidate means, before quantization, in eval mode.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compressed:
+    """A float model, and how it came about.
 
-    Args:
-        candidate: bits are not looked at here; they belong to the export.
-        model: the original, also the teacher of recovery.
-        call: runs a model on a batch.
-        student: the user's own smaller topology.
-        settle: batches on which BatchNorm statistics are estimated anew.
-        train: endless training batches, used when the recipe recovers.
-        classifies: whether the first output holds class logits (distilled by KL divergence, else by squared error).
-        stage: entered with "compress", "settle" or "recover" around each part, for who wants to know the time.
+    Attributes:
+        learned: weight scales and ranges that a stage found, for the export.
+        done: the candidate as it was reached: stages that were undone are not in it.
+        notes: what was undone and why, one sentence each.
+        fallback: the model before the stage that prepares for bits, where the finished file has to pass its gate.
     """
-    with stage("compress"):
-        compressed = _shrunk(candidate, model, groups, student)
-        masks = sparsity_masks(compressed, candidate)
-        hold(compressed, masks)
-    if candidate.widths or candidate.student is not None:
-        with stage("settle"):
-            settle_batchnorm(compressed, call, settle())
-    if candidate.recipe.recover_steps:
-        with stage("recover"):
-            recover(
-                compressed,
-                model,
-                call,
-                train(),
-                steps=candidate.recipe.recover_steps,
-                classifies=classifies,
-                after_step=lambda: hold(compressed, masks),
-            )
-    return compressed.eval()
+
+    model: nn.Module
+    learned: Learned = field(default_factory=Learned)
+    done: Candidate
+    notes: tuple[str, ...] = ()
+    fallback: "Compressed | None" = None
 
 
-def _shrunk(
-    candidate: Candidate,
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    student: Callable[[float], nn.Module] | None,
-) -> nn.Module:
-    if candidate.student is None:
-        return cut_widths(model, groups, candidate.widths)
-    if student is None:
-        raise StageError("compress", f"the candidate wants a student of width {candidate.student}, the task has none")
-    return copy.deepcopy(student(candidate.student))  # the task may keep what it gives
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all candidates of a task share.
+
+    Attributes:
+        reference: the original's metric, as `material.validate` gives it.
+        dialect: of the device's integer operators.
+        progress: told of training: what, step, steps, loss.
+        cache: folder for what candidates share, such as outputs of teachers.
+    """
+
+    original: nn.Module
+    anatomy: Anatomy
+    material: Material
+    reference: Callable[[], float]
+    dialect: str = "uint8"
+    progress: Callable[[str, int, int, float], None] = lambda *_: None
+    cache: Path | None = None
+    _ranked: dict[Importance, Anatomy] = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def by(self, importance: Importance) -> Anatomy:
+        """The anatomy with channels in order of their importance; found out once."""
+        if importance not in self._ranked:
+            groups = ranked(self.original, self.anatomy.groups, importance, self.material)
+            self._ranked[importance] = replace(self.anatomy, groups=tuple(groups))
+        return self._ranked[importance]
 
 
-def sparsity_masks(model: nn.Module, candidate: Candidate) -> dict[str, torch.Tensor]:
-    """For each layer to be sparse, which weights stay.
+@dataclass(slots=True, kw_only=True)
+class _State:
+    """Where the pipeline stands; `part` is the share of the way to the candidate."""
+
+    model: nn.Module
+    at: Candidate
+    part: float = 0.0
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    learned: Learned = field(default_factory=Learned)
+
+    def copied(self) -> "_State":
+        return replace(self, model=copy.deepcopy(self.model))
+
+
+def apply(candidate: Candidate, setting: Setting, watch: Watch = lambda _: nullcontext()) -> Compressed:
+    """The float model a candidate means, in eval mode, made by the stages of its recipe.
+
+    `watch` is entered with "compress", "settle", "recover", "quantize" or "gate" around each part.
 
     Raises:
-        StageError: the pattern 2:4 is wanted of a layer whose input channels do not come in fours.
+        StageError: the candidate cannot be made, or training diverges.
     """
-    masks = {}
-    known = dict(model.named_modules())
-    for name, choice in candidate.layers.items():
-        if choice.sparsity is None or name not in known:  # a student may lack a layer of the original
-            continue
-        weight = model.get_submodule(name).get_parameter("weight").detach()
-        if choice.sparsity.pattern == "2:4":
-            masks[name] = _two_of_four(weight, name)
-        else:
-            masks[name] = _largest(weight, choice.sparsity.ratio)
-    return masks
+    return _Pipeline(candidate, setting, watch).run()
 
 
-def _largest(weight: torch.Tensor, ratio: float) -> torch.Tensor:
-    """All but the smallest share by magnitude."""
-    keep = torch.ones(weight.numel(), dtype=torch.bool)
-    keep[weight.abs().flatten().argsort(stable=True)[: int(ratio * weight.numel())]] = False
-    return keep.view_as(weight)
+def rebuilt(candidate: Candidate, setting: Setting, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model of a candidate that was made before, with the weights it had then."""
+    model = cut(setting.original, setting.anatomy, candidate, before=Candidate())
+    model.load_state_dict(dict(weights))
+    return model.eval().requires_grad_(False)
 
 
-def _two_of_four(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """The two largest by magnitude of every four neighbouring input channels.
+class _Pipeline:
+    def __init__(self, candidate: Candidate, setting: Setting, watch: Watch) -> None:
+        self._candidate = candidate
+        self._watch = watch
+        self._setting = setting
+        self._material = setting.material
+        self._seed = int(candidate.weights_key[:8], 16)
+        pruning = [stage.prune for stage in candidate.recipe.stages if stage.prune]
+        self._importance: Importance = pruning[0].importance if pruning else "magnitude"
+        self._undone: set[str] = set()
+        self._notes: list[str] = []
+        self._fallback: Compressed | None = None
 
-    That is the axis along which NVIDIA's guide wants at most two non-zeros of four, for each output channel and each
-    place of the kernel.
-    """
-    if weight.shape[1] % 4:
-        raise StageError("compress", f"layer {name!r} cannot be 2:4 sparse: it has {weight.shape[1]} input channels")
-    last = weight.movedim(1, -1)
-    fours = last.reshape(*last.shape[:-1], -1, 4).abs()
-    largest = fours.argsort(dim=-1, descending=True, stable=True)[..., :2]
-    keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, largest, True)
-    return keep.flatten(-2).movedim(-1, 1)
+    def run(self) -> Compressed:
+        state = _State(model=copy.deepcopy(self._setting.original), at=Candidate(recipe=self._candidate.recipe))
+        stages = self._candidate.recipe.stages
+        if not any(stage.prune for stage in stages):
+            self._prune(state, Prune(), 1.0)
+        for stage in stages:
+            state = self._stage(state, stage)
+        return replace(self._compressed(state), fallback=self._fallback)
+
+    def _compressed(self, state: _State) -> Compressed:
+        return Compressed(
+            model=state.model.eval().requires_grad_(False),
+            learned=state.learned,
+            done=self._done(state),
+            notes=tuple(self._notes),
+        )
+
+    def _done(self, state: _State) -> Candidate:
+        """Bits are the candidate's, unless the stage that prepares for them was undone."""
+        layers = {
+            name: replace(choice, rank=_own(state.at, name).rank, sparsity=_own(state.at, name).sparsity)
+            for name, choice in self._candidate.layers.items()
+        }
+        done = replace(state.at, layers=layers, float_precision=self._candidate.float_precision)
+        undone = any(stage.quantize and stage.name in self._undone for stage in self._candidate.recipe.stages)
+        return done.without_bits() if undone else done
+
+    def _stage(self, state: _State, stage: Stage) -> _State:
+        steps = round(self._candidate.recipe.recover_steps * (stage.train.share if stage.train else 0) / stage.cycles)
+        for cycle, part in enumerate(parts(stage, state.part), 1):
+            before = state.copied() if stage.gate is not None else None
+            self._cycle(state, stage, part, steps)
+            if before is None or stage.gate is None:
+                continue
+            with self._watch("gate"):
+                lost = 100 * (self._setting.reference() - self._material.validate(state.model))
+            if lost > stage.gate:
+                which = f"stage {stage.name!r}" + (f", cycle {cycle} of {stage.cycles}" if stage.cycles > 1 else "")
+                self._notes.append(f"{which} was undone: it lost {lost:.2f} points, the limit is {stage.gate:g}")
+                self._undone.add(stage.name)
+                return before
+            if stage is self._candidate.recipe.last_gate and self._candidate.has_bits:
+                good = self._compressed(before)
+                self._fallback = replace(good, learned=Learned(), done=good.done.without_bits())
+        return state
+
+    def _cycle(self, state: _State, stage: Stage, part: float | None, steps: int) -> None:
+        begin = state.part
+        if stage.prune is not None and part is not None:
+            self._prune(state, stage.prune, part)
+        aware = None
+        if stage.quantize is not None:
+            with self._watch("quantize"):
+                aware = self._quantize(state, stage.quantize)
+        if stage.train is not None and self._teaches(state, stage.train, aware is not None):
+            with self._watch("recover"):
+                self._train(state, stage.train, steps, stage.prune, begin)
+            if aware is None:
+                state.learned = Learned()
+        if aware is not None:
+            state.learned = aware.finish()
+            hold(state.model, state.masks)
+        if stage.quantize is not None and stage.quantize.correct_bias:
+            with self._watch("quantize"):
+                self._correct(state)
+
+    def _prune(self, state: _State, how: Prune, part: float) -> None:
+        """Cut to `part` of the way; single weights too, unless they go while the stage trains."""
+        setting, material = self._setting, self._material
+        target = on_the_way(self._candidate, setting.anatomy, part)
+        with self._watch("compress"):
+            anatomy = setting.by(self._importance) if target.widths else setting.anatomy
+            cut_before = state.at
+            state.model = cut(state.model, anatomy, target, before=cut_before)
+            if how.reconstruct and target.student is None and target.widths != cut_before.widths:
+                reconstruct(state.model, setting.original, anatomy.groups, target.widths, material)
+            changed = target.shape_key != cut_before.shape_key
+            state.at, state.part, state.learned = target, part, Learned()
+            if changed or how.schedule == "at-once":
+                arrived = part if how.schedule == "at-once" else 0.0
+                state.masks = self._masks(state, how, arrived) if arrived else {}
+                hold(state.model, state.masks)
+        if changed:
+            with self._watch("settle"):
+                batches = material.calibration(SETTLE_ITEMS, SETTLE_BATCH)
+                settle_batchnorm(state.model, material.call, (batch for batch, _ in batches))
+
+    def _masks(self, state: _State, how: Prune, part: float) -> dict[str, torch.Tensor]:
+        wanted = choices(state.model, self._candidate)
+        return masks(state.model, wanted, part=part, saliency=how.saliency, material=self._material)
+
+    def _quantize(self, state: _State, how: Quantize) -> Aware | None:
+        material = self._material
+        wanted = {n: c for n, c in choices(state.model, self._candidate).items() if c.weight_bits <= 8}
+        if not wanted:
+            return None
+        sample = _first(material)
+        absorb(state.model, lambda model: material.call(model, sample))
+        if how.equalize:
+            groups = self._setting.anatomy.groups
+            equalize(state.model, groups, lambda model: material.call(model, sample))
+            hold(state.model, state.masks)
+        if how.rounding == "adaround":
+            fine = {n: c for n, c in wanted.items() if c.weight_bits <= 4 and c.levels == "uniform"}
+            scales = adaround(state.model, copy.deepcopy(state.model), fine, material, self._seed)
+            state.learned = replace(state.learned, scales={**state.learned.scales, **scales})
+        if not how.aware:
+            return None
+        return Aware(
+            state.model,
+            wanted,
+            material,
+            state.learned,
+            dialect=self._setting.dialect,
+            calibrator=self._candidate.recipe.calibrator,
+        )
+
+    def _correct(self, state: _State) -> None:
+        wanted = {n: c for n, c in choices(state.model, self._candidate).items() if c.weight_bits <= 8}
+        correct_bias(state.model, wanted, self._material, state.learned)
+
+    def _teaches(self, state: _State, how: Train, aware: bool) -> bool:
+        """Whether training has something to change: not where a copy of the original is taught by the original."""
+        if self._candidate.recipe.recover_steps == 0:
+            return False
+        same = state.at.shape_key == Candidate().shape_key and not _sparse(self._candidate)
+        only = how.distill.kind != "none" and how.distill.weight == 1 and how.distill.teachers == "original"
+        return aware or not (same and only)
+
+    def _train(
+        self,
+        state: _State,
+        how: Train,
+        steps: int,
+        pruning: Prune | None,
+        begin: float,
+    ) -> None:
+        if pruning is None or pruning.schedule == "at-once" or not _sparse(self._candidate):
+            self._teach(state, how, steps, lambda *_: hold(state.model, state.masks))
+            return
+        if pruning.schedule == "gradual":
+            wanted = choices(state.model, self._candidate)
+            gradual = Gradual(
+                state.model, wanted, begin=begin, end=state.part, saliency=pruning.saliency, material=self._material
+            )
+            self._teach(state, how, steps, gradual)
+            state.masks = gradual.masks
+            hold(state.model, state.masks)
+            return
+        self._rewind(state, how, steps, pruning)
+
+    def _rewind(self, state: _State, how: Train, steps: int, pruning: Prune) -> None:
+        """Train, silence the smallest, go back to the weights of the beginning; then train what is left."""
+        begin = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+        each = steps // (pruning.rounds + 1)
+        for round_ in range(1, pruning.rounds + 1):
+            self._teach(state, how, each, lambda *_: hold(state.model, state.masks))
+            wanted = choices(state.model, self._candidate)
+            state.masks = masks(
+                state.model,
+                wanted,
+                part=state.part * round_ / pruning.rounds,
+                saliency=pruning.saliency,
+                material=self._material,
+                within=state.masks,
+            )
+            rewound(state.model, begin, state.masks)
+        self._teach(state, how, steps - each * pruning.rounds, lambda *_: hold(state.model, state.masks))
+
+    def _teach(self, state: _State, how: Train, steps: int, after_step: Callable[[int, int], None]) -> None:
+        if steps == 0:
+            return
+        setting = self._setting
+        train(
+            state.model,
+            how,
+            self._material,
+            teachers=(setting.original, *self._material.teachers),
+            steps=steps,
+            seed=self._seed,
+            after_step=after_step,
+            progress=lambda step, of, loss: setting.progress("recover", step, of, loss),
+            cache=setting.cache,
+            resize=self._resized,
+        )
+
+    def _resized(self, ratio: float) -> nn.Module:
+        """An assistant: the user's student of that width, or the original cut evenly, but not below the candidate."""
+        anatomy, student = self._setting.anatomy, self._candidate.student
+        if student is not None and anatomy.student is not None:
+            return copy.deepcopy(anatomy.student(ratio))
+        widths = {}
+        for group in anatomy.groups:
+            least = self._candidate.widths.get(group.name, group.width)
+            wanted = group.partitions * max(1, round(ratio * group.width / group.partitions))
+            if wanted < group.width:
+                widths[group.name] = max(least, wanted)
+        model = cut(self._setting.original, anatomy, Candidate(widths=widths), before=Candidate())
+        batches = self._material.calibration(SETTLE_ITEMS, SETTLE_BATCH)
+        settle_batchnorm(model, self._material.call, (batch for batch, _ in batches))
+        return model
 
 
-def hold(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Set the weights outside the masks to zero."""
-    with torch.no_grad():
-        for name, mask in masks.items():
-            model.get_submodule(name).get_parameter("weight").mul_(mask)
+def _own(candidate: Candidate, name: str) -> LayerChoice:
+    return candidate.layers.get(name, LayerChoice())
 
 
-def settle_batchnorm(model: nn.Module, call: Call, batches: Iterable[Batch]) -> None:
-    """Estimate BatchNorm's mean and variance anew as plain averages over `batches`; weights do not change."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [m.momentum for m in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            call(model, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+def _sparse(candidate: Candidate) -> bool:
+    return any(choice.sparsity for choice in candidate.layers.values())
+
+
+def _first(material: Material) -> Batch:
+    return next(iter(material.calibration(2, 2)))[0]

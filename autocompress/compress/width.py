@@ -6,6 +6,7 @@ A group is offered to the search only if cutting it is proven on the sample: the
 original gives with those channels' outgoing weights at zero.
 """
 
+import bisect
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -61,9 +62,31 @@ class ChannelGroup:
         return {p * part + channel for p in range(self.partitions) for channel in gone}
 
 
-def cut_widths(model: nn.Module, groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> nn.Module:
-    """A copy of `model` with the given width of each named group; the original is not changed."""
+def cut_widths(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    widths: Mapping[str, int],
+    *,
+    before: Mapping[str, int] | None = None,
+) -> nn.Module:
+    """A copy of `model` with the given width of each named group; the original is not changed.
+
+    `before` are widths that the model was cut to already, each at least the one wanted now. Modules that are no longer
+    in the model, with a block that was left out, need no cut.
+    """
     model = copy.deepcopy(model)
+    present = {name for name, _ in model.named_modules()}
+    gone = _doomed(groups, before or {})
+    for key, (cut, indices) in _doomed(groups, widths).items():
+        missing = sorted(gone[key][1]) if key in gone else []
+        left = sorted(i - bisect.bisect(missing, i) for i in indices.difference(missing))
+        if left and cut.module in present:
+            cut.prune(model.get_submodule(cut.module), left)
+    return model
+
+
+def _doomed(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> dict[tuple[str, str], tuple[Cut, set[int]]]:
+    """Indices that go, by module and direction."""
     known = {group.name: group for group in groups}
     doomed: dict[tuple[str, str], tuple[Cut, set[int]]] = {}
     for name, width in widths.items():
@@ -75,10 +98,7 @@ def cut_widths(model: nn.Module, groups: Sequence[ChannelGroup], widths: Mapping
             key = (cut.module, cut.prune.__func__.__qualname__)  # type: ignore[attr-defined]
             _, indices = doomed.setdefault(key, (cut, set()))
             indices.update(i for r, i in zip(cut.root, cut.index, strict=True) if r in gone)
-    for cut, indices in doomed.values():
-        if indices:
-            cut.prune(model.get_submodule(cut.module), sorted(indices))
-    return model
+    return doomed
 
 
 def channel_groups(model: nn.Module, call: Call, allowed: Collection[str]) -> tuple[list[ChannelGroup], dict[str, str]]:

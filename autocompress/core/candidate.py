@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from autocompress.core.errors import InputError
@@ -187,6 +187,16 @@ class Candidate:
         object.__setattr__(self, "heads", dict(sorted(self.heads.items())))
         object.__setattr__(self, "skipped", tuple(sorted(set(self.skipped))))
         object.__setattr__(self, "layers", {k: v for k, v in sorted(self.layers.items()) if v != plain})
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether a layer is not float."""
+        return any(choice.precision != "fp32" for choice in self.layers.values())
+
+    def without_bits(self) -> "Candidate":
+        """The same shapes and zeros, all in float."""
+        layers = {n: LayerChoice(sparsity=c.sparsity, rank=c.rank, factors=c.factors) for n, c in self.layers.items()}
+        return replace(self, layers=layers)
 
     @property
     def canonical(self) -> str:

@@ -19,7 +19,8 @@ class Prune:
 
     Attributes:
         importance: what is kept of channels and heads: those of large weights, of large BatchNorm scales, whose
-            loss changes most to first order (Molchanov et al., 2019), or of large activations.
+            loss changes most to first order (Molchanov et al., 2019), or of large activations. Where several stages
+            cut, the first one's holds for all.
         saliency: which single weights go: small ones, or those with a small product with their gradient.
         part: share of the way from the original to the candidate at which this stage arrives.
         schedule: single weights go at once; along Zhu & Gupta's cubic curve while the stage trains; or in rounds,
@@ -140,7 +141,8 @@ class Stage:
     Attributes:
         cycles: the stage is gone through so many times, each time further: the compression grows evenly to `part`.
         gate: most points of the metric ×100 below the original on validation. A stage that loses more is undone,
-            with the cycles after it; what was reached before goes on.
+            with the cycles after it; what was reached before goes on. Where a stage prepares for bits, the finished
+            file has to pass too, scored in its runtime, or it is made again without them.
         when: "pays": only where the candidate's choice of this stage is one that a probe found to pay on the device.
     """
 
@@ -217,8 +219,14 @@ class Recipe:
 
     @property
     def quantizes(self) -> bool:
-        """Whether weights depend on bits: a stage prepares for them."""
-        return any(stage.quantize is not None for stage in self.stages)
+        """Whether weights depend on bits: a stage changes them for their sake."""
+        return any(stage.quantize is not None and stage.quantize != Quantize() for stage in self.stages)
+
+    @property
+    def last_gate(self) -> Stage | None:
+        """The last stage that prepares for bits, where it has a gate: the finished file has to pass it too."""
+        last = next((stage for stage in reversed(self.stages) if stage.quantize is not None), None)
+        return last if last is not None and last.gate is not None else None
 
 
 def parts(stage: Stage, begin: float) -> Iterator[float | None]:

@@ -9,7 +9,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from autocompress.core.candidate import (
     Candidate,
@@ -21,7 +21,7 @@ from autocompress.core.candidate import (
 )
 from autocompress.core.errors import ConfigError, unknown
 from autocompress.core.profile import Profile
-from autocompress.core.recipe import CALIBRATORS, Calibrator, Recipe
+from autocompress.core.recipe import CALIBRATORS, DEFAULT_STAGES, Calibrator, Plan, Recipe
 
 T = TypeVar("T")
 Choice = str | int | float
@@ -59,28 +59,52 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Attention heads of one module."""
+
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """What of a model can be compressed, and what is left alone and why, by name."""
+    """What of a model can be compressed, and what is left alone and why, by name.
+
+    Attributes:
+        blocks: residual blocks that can be left out.
+    """
 
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
+    heads: tuple[Heads, ...] = ()
+    blocks: tuple[str, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRule:
-    """Choices for the layers that match: `name` is a glob, `kind` a list; of several rules the last one wins."""
+    """Choices for the layers that match: `name` is a glob, `kind` a list; of several rules the last one wins.
+
+    Attributes:
+        ranks: shares of a layer's full rank; 1 leaves it whole. Those that would not make it smaller are left out.
+        factors: how convolutions of lower rank are split, see `LayerChoice`.
+    """
 
     name: str = "*"
     kind: tuple[Kind, ...] = ()
     precisions: tuple[str, ...] | None = None
     sparsities: tuple[SparsityName, ...] | None = None
+    ranks: tuple[float, ...] | None = None
+    factors: Literal["channel", "spatial"] = "channel"
 
     __pydantic_config__ = _FORBID
 
     def __post_init__(self) -> None:
         for text in self.precisions or ():
             parse_precision(text)
+        for share in self.ranks or ():
+            if not 0 < share <= 1:
+                raise ConfigError(f"`ranks` must be shares of the full rank in (0, 1], got {share}")
         for name in self.sparsities or ():
             parse_sparsity(name)
 
@@ -111,6 +135,9 @@ class SpaceRules:
     Attributes:
         precision_by: one precision per `block` with an override per layer, one per `layer`, or one per `model`.
         layers, widths: rules; of those that match the last one wins.
+        heads: shares of a module's attention heads that are kept.
+        skip: residual blocks that may be left out, as globs.
+        recipes: ways to make a candidate; names of shipped ones in YAML, or what a file there would say.
         students: widths of the user's `student(width)`; only used where the task has one.
         calibrators: ways to find activation ranges.
         float_precisions: arithmetic for what is not integer; of these, what the profile has.
@@ -122,6 +149,9 @@ class SpaceRules:
     layers: tuple[LayerRule, ...] = ()
     widths: tuple[WidthRule, ...] = ()
     students: tuple[float, ...] = ()
+    heads: tuple[float, ...] = ()
+    skip: tuple[str, ...] = ()
+    recipes: tuple[Plan, ...] = (Plan(name="default"),)
     calibrators: tuple[Calibrator, ...] = ("minmax",)
     float_precisions: tuple[FloatPrecision, ...] = ("fp32", "bf16", "fp16")
 
@@ -129,7 +159,13 @@ class SpaceRules:
 
     def __post_init__(self) -> None:
         if not self.calibrators:
-            raise ConfigError("`calibrators` must name at least one of minmax, percentile, mse")
+            raise ConfigError(f"`calibrators` must name at least one of {', '.join(CALIBRATORS)}")
+        names = [plan.name for plan in self.recipes]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"`recipes` must be at least one, with a name of its own each, got {names}")
+        for share in self.heads:
+            if not 0 < share <= 1:
+                raise ConfigError(f"`heads` must be shares in (0, 1], got {share}")
         for width in self.students:
             if not width > 0:
                 raise ConfigError(f"`students` must be positive widths, got {width}")
@@ -144,6 +180,7 @@ class SpaceRules:
         dropped: dict[str, str] = {}
         precisions: dict[str, tuple[str, ...]] = {}
         sparsities: dict[str, tuple[SparsityName, ...]] = {}
+        ranks: dict[str, Ranks] = {}
         for layer in structure.layers:
             rules = [r for r in self.layers if r.matches(layer)]
             wanted = next((r.precisions for r in reversed(rules) if r.precisions is not None), ("fp32",))
@@ -160,6 +197,7 @@ class SpaceRules:
                 dropped[f"2:4 for {layer.name}" if profile.sparse_kernels else "2:4"] = unfit
                 zeros = tuple(z for z in zeros if z != "2:4") or (0.0,)
             sparsities[layer.name] = zeros
+            ranks |= _ranks(layer, rules)
         widths = {
             g.name: choices
             for g in structure.groups
@@ -172,6 +210,10 @@ class SpaceRules:
             sparsities=sparsities,
             widths=widths,
             students=self.students if has_student else (),
+            ranks=ranks,
+            heads={h.name: counts for h in structure.heads if len(counts := _head_choices(h, self.heads)) > 1},
+            skippable=tuple(b for b in structure.blocks if any(fnmatch.fnmatchcase(b, glob) for glob in self.skip)),
+            recipes=self.recipes,
             calibrators=self.calibrators,
             float_precisions=tuple(p for p in profile.float_precisions if p in (*self.float_precisions, "fp32")),
             dropped=dropped,
@@ -181,10 +223,21 @@ class SpaceRules:
     def _check_names(self, structure: Structure) -> None:
         layers = {layer.name for layer in structure.layers}
         groups = {group.name for group in structure.groups}
+        for glob in self.skip:
+            if glob != "*" and not fnmatch.filter(structure.blocks, glob):
+                raise ConfigError(f"space {self.name!r}: {unknown('residual block', glob, structure.blocks)}")
         for rules, names, what in ((self.layers, layers, "layer"), (self.widths, groups, "channel group")):
             for rule in rules:
                 if rule.name != "*" and not fnmatch.filter(names, rule.name):
                     raise ConfigError(f"space {self.name!r}: {unknown(what, rule.name, names)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Ranks of one layer, the full one first, and how it is split where it has fewer."""
+
+    choices: tuple[int, ...]
+    factors: Literal["channel", "spatial"] = "channel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +247,10 @@ class Space:
     Attributes:
         precisions, sparsities: allowed choices by layer.
         widths: allowed widths by group, descending, the original first.
+        ranks: allowed ranks by layer, the full one first, and how it is split.
+        heads: allowed numbers of attention heads by module, the original first.
+        skippable: residual blocks that may be left out.
+        recipes: ways to make a candidate.
         dropped: choices the rules ask for and the device does not pay for, with the reason.
         float_unpaid: arithmetic that the device has and that is not searched, since it is not faster there.
         executable: for each precision of the rules, the one that stands for it on this device.
@@ -207,6 +264,10 @@ class Space:
     students: tuple[float, ...]
     calibrators: tuple[Calibrator, ...]
     dropped: Mapping[str, str]
+    ranks: Mapping[str, Ranks] = field(default_factory=dict)
+    heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    skippable: tuple[str, ...] = ()
+    recipes: tuple[Plan, ...] = (Plan(name="default"),)
     float_precisions: tuple[FloatPrecision, ...] = ("fp32",)
     float_unpaid: tuple[FloatPrecision, ...] = ()
     executable: Mapping[str, str] = field(default_factory=dict)
@@ -218,6 +279,9 @@ class Space:
         if self.students:
             found["student"] = (0.0, *self.students)
         found |= {f"width:{group}": choices for group, choices in self.widths.items()}
+        found |= {f"heads:{name}": counts for name, counts in self.heads.items()}
+        found |= {f"skip:{name}": (0, 1) for name in self.skippable}
+        found |= {f"rank:{name}": ranks.choices for name, ranks in self.ranks.items()}
         members = self._members()
         for block, names in members.items():
             found[f"precision:{block}"] = _union(self.precisions[n] for n in names)
@@ -226,6 +290,7 @@ class Space:
                 found |= {f"layer:{n}": (INHERIT, *self.precisions[n]) for n in names if len(self.precisions[n]) > 1}
         found["float"] = self.float_precisions
         found["calibrator"] = self.calibrators
+        found["recipe"] = tuple(plan.name for plan in self.recipes)
         return {name: choices for name, choices in found.items() if len(choices) > 1}
 
     def decode(self, values: Values, *, recover_steps: int = 0) -> Candidate:
@@ -239,18 +304,34 @@ class Space:
                 picked = str(shared if own == INHERIT else own)
                 precision = picked if picked in self.precisions[name] else self.precisions[name][0]
                 zeros = next((z for z in self.sparsities[name] if z == values.get(f"sparsity:{block}", 0.0)), 0.0)
-                layers[name] = replace(parse_precision(precision), sparsity=parse_sparsity(zeros))
+                layers[name] = replace(
+                    parse_precision(precision), sparsity=parse_sparsity(zeros), **self._rank(name, values)
+                )
         widths = {g: int(values[f"width:{g}"]) for g in self.widths if f"width:{g}" in values}
         full = {g.name: g.width for g in self.structure.groups}
         integer = any(choice.kernel == "int8" for choice in layers.values())
         calibrator = values.get("calibrator", self.calibrators[0]) if integer else "minmax"
+        heads = {n: int(values.get(f"heads:{n}", counts[0])) for n, counts in self.heads.items()}
+        plan = next((p for p in self.recipes if p.name == values.get("recipe")), self.recipes[0])
         return Candidate(
             student=student,
             widths={} if student else {g: w for g, w in widths.items() if w != full[g]},
+            heads={} if student else {n: count for n, count in heads.items() if count != self.heads[n][0]},
+            skipped=() if student else tuple(n for n in self.skippable if values.get(f"skip:{n}") == 1),
             layers=layers,
             float_precision=self._float_precision(values),
-            recipe=Recipe(calibrator=_calibrator(calibrator), recover_steps=recover_steps),
+            recipe=Recipe(
+                calibrator=_calibrator(calibrator), recover_steps=recover_steps, name=plan.name, stages=plan.stages
+            ),
         )
+
+    def _rank(self, name: str, values: Values) -> dict[str, Any]:
+        """Fields of a layer's choice; nothing for the full rank, and for a student, whose layers are others."""
+        ranks = self.ranks.get(name)
+        rank = values.get(f"rank:{name}")
+        if ranks is None or values.get("student") or rank not in ranks.choices[1:]:
+            return {}
+        return {"rank": int(rank), "factors": ranks.factors}
 
     def uniform(self, precision: str, width_ratio: float = 1.0, sparsity: float = 0.0) -> dict[str, Choice]:
         """Values for one policy everywhere: `precision` where allowed, widths nearest to `width_ratio`."""
@@ -263,6 +344,8 @@ class Space:
             elif kind == "width":
                 target = width_ratio * self.widths[rest][0]
                 values[name] = min(self.widths[rest], key=lambda w: abs(w - target))
+            elif kind in ("heads", "rank"):
+                values[name] = choices[0]
             elif kind == "sparsity":
                 values[name] = min(self.sparsity_choices(rest), key=lambda s: abs(_share(s) - sparsity))
             else:
@@ -288,6 +371,49 @@ class Space:
             key = {"model": "all", "layer": layer.name, "block": layer.block}[self.precision_by]
             blocks.setdefault(key, []).append(layer.name)
         return blocks
+
+
+def _ranks(layer: Layer, rules: Sequence[LayerRule]) -> dict[str, Ranks]:
+    """Ranks that make a layer smaller, its full rank first; nothing where there is no choice."""
+    ruling = next((r for r in reversed(rules) if r.ranks is not None), None)
+    if ruling is None or ruling.ranks is None or layer.kind not in ("linear", "conv1d", "conv2d"):
+        return {}
+    out, into, *kernel = layer.shape
+    if ruling.factors == "spatial" and len(kernel) == 2:
+        rows, columns = into * kernel[0], out * kernel[1]
+    else:
+        rows, columns = into * math.prod(kernel), out
+    full, even = min(rows, columns), rows * columns / (rows + columns)
+    fewer = {r for share in ruling.ranks if 1 <= (r := round(share * full)) < min(full, even)}
+    if not fewer:
+        return {}
+    return {layer.name: Ranks(choices=(full, *sorted(fewer, reverse=True)), factors=ruling.factors)}
+
+
+def _head_choices(heads: Heads, shares: Sequence[float]) -> tuple[int, ...]:
+    found = {max(1, round(share * heads.count)) for share in shares}
+    return tuple(sorted(found | {heads.count}, reverse=True))
+
+
+def with_stages_that_pay(space: Space) -> Space:
+    """The space without stages of recipes that are for choices it no longer has; `dropped` says which."""
+    cuts = bool(
+        space.widths or space.heads or space.skippable or space.ranks or space.students
+        or any(len(zeros) > 1 or zeros != (0.0,) for zeros in space.sparsities.values())
+    )  # fmt: skip
+    bits = any(p != "fp32" for choices in space.precisions.values() for p in choices)
+    plans, dropped = [], {}
+    for plan in space.recipes:
+        idle = [
+            stage.name
+            for stage in plan.stages
+            if stage.when == "pays" and not ((stage.prune and cuts) or (stage.quantize and bits))
+        ]
+        for name in idle:
+            dropped[f"stage {name!r} of recipe {plan.name!r}"] = "none of its choices pays on this device"
+        kept = tuple(stage for stage in plan.stages if stage.name not in idle)
+        plans.append(replace(plan, stages=kept or DEFAULT_STAGES))
+    return replace(space, recipes=tuple(plans), dropped={**space.dropped, **dropped})
 
 
 def _share(name: SparsityName) -> float:

@@ -8,6 +8,7 @@ from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import InputError
 from autocompress.core.measurement import Interval, Measurement
+from autocompress.core.record import RARE
 
 SCHEMA = 1
 Role = Literal["candidate", "fp32", "uniform-fp16", "uniform-bf16", "uniform-int8"]
@@ -71,6 +72,7 @@ class Trial:
         measurement: raw timing; None when the latency is that of a file of equal kernels, measured before.
         latency_from: sha256 of that file.
         seconds: where the time went, by stage.
+        notes: stages of the recipe that were undone, and why; `candidate` is without them.
     """
 
     number: int
@@ -81,6 +83,7 @@ class Trial:
     measurement: Measurement | None = None
     latency_from: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), metadata=RARE)
 
     @property
     def score(self) -> Score | None:

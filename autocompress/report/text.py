@@ -95,14 +95,22 @@ def described(trial: Trial) -> str:
     counts: dict[str, int] = {}
     for choice in candidate.layers.values():
         name = choice.precision + (f" sparse {choice.sparsity.name}" if choice.sparsity else "")
+        name += " low-rank" if choice.rank else ""
         counts[name] = counts.get(name, 0) + 1
     parts = [f"{n} × {name}" for name, n in sorted(counts.items(), key=lambda kv: -kv[1])]
     if candidate.student is not None:
         parts.insert(0, f"student {candidate.student:g}")
     if candidate.widths:
         parts.append(f"{len(candidate.widths)} group{'s' * (len(candidate.widths) > 1)} narrower")
+    if candidate.heads:
+        parts.append(f"{len(candidate.heads)} attention{'s' * (len(candidate.heads) > 1)} with fewer heads")
+    if candidate.skipped:
+        parts.append(f"without {listed(candidate.skipped)}")
     if candidate.recipe.recover_steps:
         parts.append(f"{candidate.recipe.recover_steps} recovery steps")
+    if candidate.recipe.name != "default":
+        parts.append(f"recipe {candidate.recipe.name}")
+    parts += trial.notes
     if candidate.float_precision != "fp32":
         parts.append(f"the rest {candidate.float_precision}")
     return (", ".join(parts) or "as it was") + remark

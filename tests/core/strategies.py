@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from autocompress.core.artifact import Artifact, TensorSpec
 from autocompress.core.candidate import WEIGHT_BITS, Candidate, LayerChoice, Sparsity
 from autocompress.core.measurement import Fingerprint, Measurement, MeasurePlan
-from autocompress.core.recipe import Recipe
+from autocompress.core.recipe import Distill, Plan, Prune, Quantize, Recipe, Stage, Train
 from autocompress.core.trial import Failure, Score, Trial
 
 NAMES = st.text("abc.0", min_size=1, max_size=6)
@@ -18,17 +18,59 @@ SPARSITIES = (
     st.none()
     | st.floats(0.01, 0.99).map(lambda ratio: Sparsity(ratio=ratio))
     | st.just(Sparsity(ratio=0.5, pattern="2:4"))
+    | st.just(Sparsity(ratio=0.25, pattern="block"))
+)
+PRUNES = st.builds(
+    Prune,
+    importance=st.sampled_from(["magnitude", "batchnorm", "taylor", "activation"]),
+    schedule=st.sampled_from(["at-once", "gradual", "rewind"]),
+    reconstruct=st.booleans(),
+)
+TRAINS = st.builds(
+    Train,
+    share=st.floats(0.1, 0.3),
+    optimizer=st.sampled_from(["adamw", "sgd"]),
+    patience=st.none() | st.integers(1, 9),
+    distill=st.builds(
+        Distill,
+        kind=st.sampled_from(["none", "logits", "features", "attention"]),
+        assistants=st.lists(st.floats(0.1, 0.9), max_size=2).map(tuple),
+    ),
+)
+STAGES = st.builds(
+    Stage,
+    name=st.text("abc", min_size=1),
+    prune=PRUNES,
+    quantize=st.none() | st.builds(Quantize, aware=st.booleans()),
+    train=TRAINS,
+    cycles=st.integers(1, 3),
+    gate=st.none() | st.floats(0, 9),
+)
+PLANS = st.builds(
+    Plan, name=NAMES, stages=st.lists(STAGES, min_size=1, max_size=3, unique_by=lambda stage: stage.name).map(tuple)
 )
 LAYER_CHOICES = st.builds(
     LayerChoice, weight_bits=st.sampled_from(WEIGHT_BITS), activation_bits=st.just(32), sparsity=SPARSITIES
-) | st.builds(LayerChoice, weight_bits=st.integers(2, 8), activation_bits=st.just(8), sparsity=SPARSITIES)
+) | st.builds(
+    LayerChoice,
+    weight_bits=st.integers(2, 8),
+    activation_bits=st.integers(2, 8),
+    levels=st.sampled_from(["uniform", "kmeans", "power", "additive"]),
+    sparsity=SPARSITIES,
+    rank=st.none() | st.integers(1, 64),
+)
 CANDIDATES = st.builds(
     Candidate,
     student=st.none() | st.floats(0.1, 1.0),
     widths=st.dictionaries(NAMES, st.integers(1, 512), max_size=4),
+    heads=st.dictionaries(NAMES, st.integers(1, 16), max_size=2),
+    skipped=st.lists(NAMES, max_size=2).map(tuple),
     layers=st.dictionaries(NAMES, LAYER_CHOICES, max_size=4),
     recipe=st.builds(
-        Recipe, calibrator=st.sampled_from(["minmax", "percentile", "mse"]), recover_steps=st.integers(0, 500)
+        Recipe,
+        calibrator=st.sampled_from(["minmax", "percentile", "mse", "entropy"]),
+        recover_steps=st.integers(0, 500),
+        stages=PLANS.map(lambda plan: plan.stages),
     ),
 )
 SPECS = st.builds(

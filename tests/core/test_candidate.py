@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autocompress.core.candidate import Candidate, LayerChoice, Sparsity, parse_precision, parse_sparsity
 from autocompress.core.errors import InputError
-from autocompress.core.recipe import Recipe
+from autocompress.core.recipe import Quantize, Recipe, Stage
 from autocompress.core.record import from_json, to_json
 from tests.core.strategies import CANDIDATES, LAYER_CHOICES, NAMES
 
@@ -38,10 +38,17 @@ def test_digests_are_equal_exactly_for_equal_candidates(one: Candidate, other: C
 def test_float_weights_do_not_depend_on_bits_nor_calibrator(
     candidate: Candidate, name: str, choice: LayerChoice
 ) -> None:
-    dense = replace(choice, sparsity=None)
-    plain = replace(candidate, layers={k: v for k, v in candidate.layers.items() if k != name})
-    other = replace(plain, layers={**plain.layers, name: dense}, recipe=replace(plain.recipe, calibrator="percentile"))
+    dense = replace(choice, sparsity=None, rank=None)
+    layers = {k: v for k, v in candidate.layers.items() if k != name}
+    plain = replace(candidate, layers=layers, recipe=Recipe(recover_steps=9))
+    other = replace(plain, layers={**layers, name: dense}, recipe=replace(plain.recipe, calibrator="percentile"))
     assert other.weights_key == plain.weights_key
+
+
+def test_float_weights_depend_on_bits_where_the_recipe_looks_at_them() -> None:
+    recipe = Recipe(stages=(Stage(name="q", quantize=Quantize(equalize=True)),))
+    four, eight = (Candidate(layers={"a": LayerChoice(weight_bits=b)}, recipe=recipe) for b in (4, 8))
+    assert four.weights_key != eight.weights_key
 
 
 @pytest.mark.parametrize(
@@ -87,7 +94,7 @@ def test_sparsity_is_read_back_from_its_name(choice: LayerChoice) -> None:
 
 @given(LAYER_CHOICES)
 def test_precision_is_read_back_from_its_name(choice: LayerChoice) -> None:
-    assert parse_precision(choice.precision) == replace(choice, sparsity=None)
+    assert parse_precision(choice.precision) == replace(choice, sparsity=None, rank=None)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 from autocompress.core.candidate import Candidate, LayerChoice, Sparsity
 from autocompress.core.errors import ConfigError, InputError
 from autocompress.core.profile import Profile
-from autocompress.core.space import Group, Layer, LayerRule, Space, SpaceRules, Structure, WidthRule
+from autocompress.core.recipe import Plan, Prune, Quantize, Stage, Train
+from autocompress.core.space import (
+    Group,
+    Heads,
+    Layer,
+    LayerRule,
+    Ranks,
+    Space,
+    SpaceRules,
+    Structure,
+    WidthRule,
+    with_stages_that_pay,
+)
 
 STRUCTURE = Structure(
     layers=(
@@ -211,7 +223,7 @@ def test_a_rule_for_a_name_that_is_not_there_names_the_nearest(change: dict[str,
     ("make", "message"),
     [
         (lambda: LayerRule(precisions=("int8",)), "a precision is 'fp32' or like 'w8a8'"),
-        (lambda: LayerRule(sparsities=(1.0,)), r"`sparsities` must be '2:4' or in \[0, 1\), got 1.0"),
+        (lambda: LayerRule(sparsities=(1.0,)), r"`sparsities` must be 2:4, .*, got 1.0"),
         (lambda: WidthRule(ratios=(1.5,)), r"`ratios` must be in \(0, 1\], got 1.5"),
         (lambda: replace(RULES, calibrators=()), "`calibrators` must name at least one of minmax, percentile, mse"),
         (lambda: replace(RULES, students=(-1.0,)), "`students` must be positive widths, got -1.0"),
@@ -252,3 +264,60 @@ def test_executable_lowers_only_integer_layers_of_too_many_bits() -> None:
 def test_float_is_always_allowed() -> None:
     assert all(PROFILE.allows(kind, "fp32") for kind in ("conv1d", "linear", "anything"))
     assert LayerChoice().precision == "fp32"
+
+
+TOPOLOGY = replace(STRUCTURE, heads=(Heads(name="attention", count=4),), blocks=("a", "b"))
+TWO = (
+    Plan(name="default"),
+    Plan(name="aware", stages=(Stage(name="q", quantize=Quantize(aware=True), train=Train()),)),
+)
+
+
+def test_heads_blocks_ranks_and_recipes_are_variables_where_the_rules_have_them() -> None:
+    rules = replace(
+        RULES,
+        layers=(*RULES.layers, LayerRule(name="a.*", ranks=(1.0, 0.25, 0.01))),
+        heads=(0.5, 0.1),
+        skip=("b*",),
+        recipes=TWO,
+    )
+    space = rules.resolve(TOPOLOGY, PROFILE, has_student=True)
+    found = {name: choices for name, choices in space.variables.items() if name not in SPACE.variables}
+    # Full ranks: min(64, 3 * 9) and min(48, 64 * 9). A hundredth of the first is no rank at all.
+    assert found == {
+        "heads:attention": (4, 2, 1),
+        "skip:b": (0, 1),
+        "rank:a.conv1": (27, 7),
+        "rank:a.conv2": (48, 12),
+        "recipe": ("default", "aware"),
+    }
+    chosen = {"heads:attention": 2, "skip:b": 1, "rank:a.conv2": 12, "recipe": "aware"}
+    candidate = space.decode(chosen, recover_steps=5)
+    assert (candidate.heads, candidate.skipped) == ({"attention": 2}, ("b",))
+    assert {name: choice.rank for name, choice in candidate.layers.items()} == {"a.conv2": 12}
+    assert (candidate.recipe.name, candidate.recipe.stages) == ("aware", TWO[1].stages)
+    student = space.decode({**chosen, "student": 0.5})
+    assert (student.heads, student.skipped, student.layers) == ({}, (), {})
+
+
+def test_a_rank_is_offered_only_where_it_makes_the_layer_smaller() -> None:
+    def ranks(factors: str) -> Any:
+        rule = LayerRule(kind=("conv2d",), ranks=(0.9, 0.5), factors=factors)  # type: ignore[arg-type]
+        return replace(RULES, layers=(rule,)).resolve(STRUCTURE, PROFILE).ranks
+
+    # 24 x (27 + 64) weights are more than 64 x 27; 14 x 91 are fewer.
+    assert ranks("channel")["a.conv1"] == Ranks(choices=(27, 14))
+    assert ranks("spatial")["a.conv1"] == Ranks(choices=(9, 8, 4), factors="spatial")
+
+
+def test_stages_that_only_pay_sometimes_go_where_their_choices_do_not_pay() -> None:
+    stages = (
+        Stage(name="cut", prune=Prune(), train=Train(share=0.5), when="pays"),
+        Stage(name="bits", quantize=Quantize(aware=True), train=Train(share=0.5), when="pays"),
+    )
+    space = replace(RULES, recipes=(Plan(name="p", stages=stages),)).resolve(STRUCTURE, PROFILE)
+    assert with_stages_that_pay(space).recipes[0].stages == stages
+    floats = replace(space, precisions=dict.fromkeys(space.precisions, ("fp32",)))
+    left = with_stages_that_pay(floats)
+    assert left.recipes[0].stages == stages[:1]
+    assert "stage 'bits' of recipe 'p'" in left.dropped
