@@ -81,10 +81,10 @@ def trained(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> int:
     model.train()
     for _ in range(EPOCHS):
         order = torch.randperm(len(images), generator=generator)
-        for rows in order.split(BATCH)[: len(images) // BATCH]:
+        for rows in order[: len(images) // BATCH * BATCH].view(-1, BATCH):
             loss = functional.cross_entropy(model(augmented(images[rows], generator)), labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     model.eval()

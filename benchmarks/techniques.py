@@ -169,8 +169,9 @@ def one(row: Row, seed: int, reference: str, work: Path) -> dict[str, Any]:
     with host:
         builder = Builder(task, folder, profile)
         watch, before = Stopwatch(), _cpu_s()
+        notes: tuple[str, ...] = ()
         if row.vendor:
-            artifact, notes = builder.vendor_int8(watch), ()
+            artifact = builder.vendor_int8(watch)
         else:
             built = builder.build(candidate(row, seed, builder.structure, profile), watch)
             artifact, notes = built.artifact, built.notes
