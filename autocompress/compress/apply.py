@@ -264,11 +264,16 @@ class _Pipeline:
         if pruning.schedule == "gradual":
             wanted = choices(state.model, self._candidate)
             gradual = Gradual(
-                state.model, wanted, begin=begin, end=state.part, saliency=pruning.saliency, material=self._material
+                state.model,
+                wanted,
+                begin=begin,
+                end=state.part,
+                saliency=pruning.saliency,
+                material=self._material,
+                within=state.masks,
             )
             self._teach(state, how, steps, gradual)
-            state.masks = gradual.masks
-            hold(state.model, state.masks)
+            state.masks = gradual.finish()
             return
         self._rewind(state, how, steps, pruning)
 

@@ -1,77 +1,257 @@
-"""Recovery: a compressed model learns to answer as the original does (Hinton et al., 2015). No labels are needed."""
+"""Recovery: a compressed model is trained towards its teachers, its labels, or both."""
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from autocompress.compress.distill import Answers, Features, agreed, output_loss, outputs_of
+from autocompress.compress.material import Material
 from autocompress.core.errors import StageError
+from autocompress.core.recipe import Train
 
-Batch = Mapping[str, torch.Tensor]
-Call = Callable[[nn.Module, Batch], Any]
-TEMPERATURE = 4.0
-LEARNING_RATE = 1e-3
+ADAMW_RATE = 1e-3
+SGD_RATE = 0.05  # at a batch of 256; less by the root of the batch
+CLIP = 5.0  # largest norm of all gradients together
+CHECKS = 10  # looks at validation in the course of a training with `patience`
+_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
-def recover(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """How a training went.
+
+    Attributes:
+        best: the best metric on validation, None where it did not look.
+        stopped: "steps", "seconds" or "patience".
+    """
+
+    steps: int
+    seconds: float
+    best: float | None
+    stopped: str
+
+
+def train(
     student: nn.Module,
-    teacher: nn.Module,
-    call: Call,
-    batches: Iterator[Batch],
+    how: Train,
+    material: Material,
     *,
+    teachers: Sequence[nn.Module],
     steps: int,
-    classifies: bool,
-    after_step: Callable[[], None] = lambda: None,
-) -> None:
-    """Train `student` in place for `steps` batches towards the outputs of `teacher`; AdamW, warm-up, cosine.
+    seed: int,
+    after_step: Callable[[int, int], None] = lambda *_: None,
+    progress: Callable[[int, int, float], None] = lambda *_: None,
+    cache: Path | None = None,
+    resize: Callable[[float], nn.Module] | None = None,
+    parameters: Sequence[nn.Parameter] = (),
+) -> Trained:
+    """Train `student` in place; it ends in eval mode, on the CPU, and needs no gradient.
+
+    Args:
+        teachers: the original first, then the task's others; in eval mode, not changed.
+        after_step: told of the step that was done, and of how many.
+        progress: told the same, and the loss.
+        cache: folder for the teachers' answers, which candidates share.
+        resize: gives an untrained assistant of a width ratio.
+        parameters: to train besides the student's own.
 
     Raises:
-        StageError: the loss is not finite.
+        StageError: the loss is not finite, or the recipe asks for what the task does not have.
     """
-    parameters = [p for p in student.parameters() if p.is_floating_point()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-4)
-    warm_up = max(1, min(50, steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps)))
-    )
-    student.train()
-    for step in range(steps):
-        batch = next(batches)
-        with torch.no_grad():
-            wanted = outputs_of(call(teacher, batch))
-        loss = distillation_loss(outputs_of(call(student, batch)), wanted, classifies=classifies)
-        if not torch.isfinite(loss):
-            raise StageError("recover", f"the distillation loss is {float(loss.detach())} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        after_step()
-    student.eval().requires_grad_(False)
+    for i, ratio in enumerate(how.distill.assistants):
+        if resize is None:
+            raise StageError("recover", "assistants need a model that can be cut, or a student of the task")
+        assistant = resize(ratio)
+        only = replace(how, distill=replace(how.distill, assistants=()))
+        share = steps // (len(how.distill.assistants) + 1)
+        train(assistant, only, material, teachers=teachers, steps=share, seed=seed + i, progress=progress, cache=cache)
+        teachers, cache = [assistant, *teachers[1:]], None
+        steps -= share
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        run = _Training(student, how, material, teachers, steps, seed, cache, parameters)
+        try:
+            return run.go(after_step, progress)
+        finally:
+            run.close()
 
 
-def distillation_loss(got: list[torch.Tensor], wanted: list[torch.Tensor], *, classifies: bool) -> torch.Tensor:
-    """KL divergence at a temperature for class logits (classes on axis 1), else squared error over the variance."""
-    total = torch.zeros(())
-    for g, w in zip(got, wanted, strict=True):
-        if classifies and w.ndim >= 2:
-            p = F.log_softmax(w / TEMPERATURE, dim=1)
-            q = F.log_softmax(g / TEMPERATURE, dim=1)
-            total = total + F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * TEMPERATURE**2
+class _Training:
+    def __init__(
+        self,
+        student: nn.Module,
+        how: Train,
+        material: Material,
+        teachers: Sequence[nn.Module],
+        steps: int,
+        seed: int,
+        cache: Path | None,
+        parameters: Sequence[nn.Parameter],
+    ) -> None:
+        self._student, self._how, self._material, self._steps = student, how, material, steps
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._order = material.orders(how.batch_size, seed)
+        lesson = how.distill
+        if (lesson.kind == "none" or lesson.weight < 1) and material.loss is None:
+            text = "the recipe learns from labels, but the loss takes no targets of the train items: set weight to 1"
+            raise StageError("recover", text)
+        student.to(self._device)
+        some = 1 if lesson.teachers in ("original", "self") else len(teachers)
+        self._teachers = [] if lesson.kind == "none" else [self._placed(t) for t in teachers[:some]]
+        self._features: Features | None = None
+        if lesson.kind in ("features", "attention"):
+            sample = self._moved(material.fetch([int(i) for i in next(self._order)[:2]])[0])
+            student.eval()
+            self._features = Features(
+                student, self._teachers[0], material.call, sample, attention=lesson.kind == "attention"
+            )
+        fixed = material.fixed
+        self._answers = [
+            Answers(t, material.call, material.items, fixed=fixed, folder=cache)
+            for t in (self._teachers[1:] if self._features else self._teachers)
+        ]
+        self._itself: nn.Module | None = None
+        extra = [*parameters, *(self._features.parameters() if self._features else ())]
+        self._parameters = [*(p for p in student.parameters() if p.is_floating_point()), *extra]
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        self._four_d = any(isinstance(m, nn.Conv2d) for m in student.modules())
+        if self._four_d:
+            student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def go(self, after_step: Callable[[int, int], None], progress: Callable[[int, int, float], None]) -> Trained:
+        optimizer, schedule = self._optimizer()
+        student, how, began = self._student, self._how, time.monotonic()
+        best, kept, worse, stopped, step = None, None, 0, "steps", 0
+        check = max(1, self._steps // CHECKS)
+        student.train()
+        for step in range(1, self._steps + 1):
+            if how.distill.teachers == "self" and step == self._steps // 2 + 1:
+                self._itself = copy.deepcopy(student).eval().requires_grad_(False)
+            loss = self._loss(next(self._order))
+            if not torch.isfinite(loss):
+                raise StageError("recover", f"the loss is {float(loss.detach())} at step {step}: lower `learning_rate`")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self._parameters, CLIP)
+            optimizer.step()
+            schedule.step()
+            after_step(step, self._steps)
+            progress(step, self._steps, float(loss.detach()))
+            if how.patience is not None and (step % check == 0 or step == self._steps):
+                value = self._material.validate(student)
+                if best is None or value > best:
+                    best, worse = value, 0
+                    kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+                else:
+                    worse += 1
+                if worse >= how.patience:
+                    stopped = "patience"
+                    break
+            if how.seconds is not None and time.monotonic() - began >= how.seconds:
+                stopped = "seconds"
+                break
+        if kept is not None:
+            student.load_state_dict(kept)
+        return Trained(steps=step, seconds=time.monotonic() - began, best=best, stopped=stopped)
+
+    def close(self) -> None:
+        """Leave the student as a model is left: on the CPU, contiguous, in eval mode; keep the teachers' answers."""
+        if self._features is not None:
+            self._features.close()
+        for answers in self._answers:
+            answers.save()
+        self._student.cpu()
+        if self._four_d:
+            self._student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self._student.eval().requires_grad_(False)
+
+    def _loss(self, rows: NDArray[np.int64]) -> Tensor:
+        material, lesson = self._material, self._how.distill
+        inputs, targets = material.fetch([int(i) for i in rows])
+        batch = self._moved(inputs)
+        with self._arithmetic():
+            wanted = None if lesson.kind == "none" else self._wanted(rows, batch)
+            output = material.call(self._student, batch)
+        total = torch.zeros((), device=self._device)
+        if wanted is not None:
+            got = [tensor.float() for tensor in outputs_of(output)]
+            taught = output_loss(got, wanted, classifies=material.classifies, temperature=lesson.temperature)
+            if self._features is not None:
+                taught = taught + self._features.loss()
+            total = total + lesson.weight * taught
+        if wanted is None or lesson.weight < 1:
+            assert material.loss is not None
+            share = 1.0 if wanted is None else 1 - lesson.weight
+            total = total + share * material.loss(output, _on(self._device, targets))
+        return total
+
+    def _wanted(self, rows: NDArray[np.int64], batch: dict[str, Tensor]) -> list[Tensor]:
+        answers = [self._features.answers(batch)] if self._features is not None else []
+        answers += [known(rows, batch) for known in self._answers]
+        if self._itself is not None:
+            with torch.no_grad():
+                answers.append(outputs_of(self._material.call(self._itself, batch)))
+        lesson = self._how.distill
+        found = agreed(answers, classifies=self._material.classifies, confident=lesson.teachers == "confident")
+        return [tensor.float() for tensor in found]
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        how, steps = self._how, self._steps
+        optimizer: torch.optim.Optimizer
+        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._student.modules())
+        if how.optimizer == "adamw" or (how.optimizer == "auto" and not normed):
+            rate = how.learning_rate or ADAMW_RATE
+            optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=how.weight_decay, fused=True)
         else:
-            total = total + F.mse_loss(g, w) / w.var(correction=0).clamp_min(1e-6)
-    return total
+            rate = how.learning_rate or SGD_RATE * math.sqrt(how.batch_size / 256)
+            optimizer = torch.optim.SGD(
+                self._parameters, lr=rate, momentum=0.9, nesterov=True, weight_decay=how.weight_decay, fused=True
+            )
+        warm_up = max(1, min(50, steps // 10))
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min(1.0, (i + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps)))
+        )
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if not has_bfloat16(self._device):
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)
+
+    def _placed(self, teacher: nn.Module) -> nn.Module:
+        """The teacher where the training is; a copy only where it has to move."""
+        return teacher if self._device.type == "cpu" else copy.deepcopy(teacher).to(self._device)
+
+    def _moved(self, batch: Any) -> dict[str, Tensor]:
+        moved: dict[str, Tensor] = _on(self._device, batch)
+        return moved
 
 
-def outputs_of(output: Any) -> list[torch.Tensor]:
-    """All floating tensors of a model's output, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, Mapping) else output
-    return [tensor for value in values for tensor in outputs_of(value)]
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has arithmetic in bfloat16; where it would be emulated it has not."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return bool(_BFLOAT16 & set(flags.split()))
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Tensors, in whatever holds them, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _on(device, leaf) for name, leaf in value.items()}
+    return tuple(_on(device, leaf) for leaf in value) if isinstance(value, tuple | list) else value

@@ -86,14 +86,15 @@ class Train:
     Attributes:
         share: of the candidate's `recover_steps`.
         seconds: an end by time as well; what comes first ends it.
-        learning_rate: None for 1e-3 with AdamW, 0.05 with SGD.
-        patience: checks on validation without a better one after which it stops; None trains to the end. The best
-            weights checked are kept in either case.
+        optimizer: "auto" is SGD with momentum for models with BatchNorm, AdamW for others.
+        learning_rate: None for 1e-3 with AdamW, 0.05 at a batch of 256 with SGD, less by the root of the batch.
+        patience: checks on validation, ten in a training, without a better one after which it stops, with the best
+            weights checked; None trains to the end without looking.
     """
 
     share: float = 1.0
     seconds: float | None = None
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["auto", "adamw", "sgd"] = "auto"
     learning_rate: float | None = None
     batch_size: int = 32
     weight_decay: float = 1e-4

@@ -1,5 +1,6 @@
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autocompress.compress.apply import apply, hold, settle_batchnorm, sparsity_masks
+from autocompress.compress import kept
+from autocompress.compress.apply import Compressed, Setting, apply
+from autocompress.compress.cut import cut
 from autocompress.compress.layers import describe
-from autocompress.compress.width import cut_widths
-from autocompress.core.candidate import Candidate, LayerChoice, Sparsity
+from autocompress.compress.material import Material
+from autocompress.core.candidate import Candidate, LayerChoice, Sparsity, parse_precision
 from autocompress.core.errors import StageError
-from autocompress.core.recipe import Recipe
+from autocompress.core.recipe import Distill, Prune, Quantize, Recipe, Stage, Train
 from autocompress.tasks import digits
 from tests import nets
 from tests.compress.conftest import Described, same, state_of
@@ -21,31 +24,32 @@ from tests.nets import CASES
 Get = Callable[[str], Described]
 
 
-def batches(case: Described, size: int = 32, seed: int = 100) -> Iterator[dict[str, Tensor]]:
-    """Endless batches, the same for equal seeds."""
-    while True:
-        yield case.inputs(size, seed=seed)
-        seed += 1
+def material(case: Described, **more: Any) -> Material:
+    """Items drawn by seed; a second batch of them is for calibration. Nothing has labels unless `more` says so."""
+    given = {
+        "classifies": False,
+        "loss": None,
+        "items": 512,
+        "fetch": lambda rows: (case.inputs(len(rows), seed=int(rows[0]) + 100), None),
+        "fixed": False,
+        "calibration": lambda items, size: ((case.inputs(size, seed=7 + i), None) for i in range(0, items, size)),
+        "validate": lambda _: 0.0,
+    }
+    return Material(call=case.call, **{**given, **more})
 
 
-def settle(case: Described) -> list[dict[str, Tensor]]:
-    return [case.inputs(64, seed=7), case.inputs(64, seed=8)]
+def setting(case: Described, student: Any = None, **more: Any) -> Setting:
+    anatomy = replace(case.anatomy, student=student)
+    stuff = material(case, **more)
+    return Setting(original=case.net, anatomy=anatomy, material=stuff, reference=lambda: stuff.validate(case.net))
 
 
 def applied(case: Described, candidate: Candidate, **more: Any) -> nn.Module:
-    return apply(
-        candidate,
-        case.net,
-        case.groups,
-        case.call,
-        settle=lambda: settle(case),
-        train=lambda: batches(case),
-        **more,
-    )
+    return apply(candidate, setting(case, **more)).model
 
 
 def halves(case: Described) -> dict[str, int]:
-    return {g.name: g.partitions * (g.width // g.partitions // 2) for g in case.groups}
+    return {g.name: g.partitions * (g.width // g.partitions // 2) for g in case.anatomy.groups}
 
 
 def sparse(ratio: float, *names: str) -> dict[str, LayerChoice]:
@@ -58,7 +62,7 @@ def test_the_original_stays_as_it_was_to_the_bit(described: Get, name: str) -> N
     before = state_of(case.net)
     layers = sparse(0.5, *(layer.name for layer in case.structure.layers))
     candidate = Candidate(widths=halves(case), layers=layers, recipe=Recipe(recover_steps=2))
-    made = applied(case, candidate, classifies=False)
+    made = applied(case, candidate)
     assert same(case.net.state_dict(), before)
     assert not case.net.training
     assert all(not p.requires_grad and p.grad is None for p in case.net.parameters())
@@ -73,56 +77,6 @@ def test_a_compressed_model_is_in_eval_mode_and_needs_no_gradient(described: Get
     assert not case.call(made, case.inputs()).requires_grad
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
-def test_exactly_the_share_of_smallest_weights_is_zero(described: Get, ratio: float) -> None:
-    case = described("separable")
-    names = [layer.name for layer in case.structure.layers]
-    made = applied(case, Candidate(layers=sparse(ratio, *names)))
-    for name in names:
-        before = case.net.get_submodule(name).get_parameter("weight")
-        after = made.get_submodule(name).get_parameter("weight")
-        assert int((after == 0).sum()) == int(ratio * after.numel())
-        assert before[after == 0].abs().max() <= before[after != 0].abs().min()
-        assert torch.equal(after[after != 0], before[after != 0])
-
-
-def test_of_equal_weights_still_the_exact_share_goes() -> None:
-    net = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
-    net[0].weight.fill_(0.5)
-    masks = sparsity_masks(net, Candidate(layers=sparse(0.25, "0")))
-    hold(net, masks)
-    assert int((net[0].weight == 0).sum()) == 16
-
-
-TWO_OF_FOUR = LayerChoice(sparsity=Sparsity(ratio=0.5, pattern="2:4"))
-
-
-@pytest.mark.parametrize("recover_steps", [0, 3])
-def test_of_every_four_input_channels_two_are_zero_at_each_place_and_output(described: Get, recover_steps: int) -> None:
-    case = described("residual")
-    names = [layer.name for layer in case.structure.layers if layer.shape[1] % 4 == 0]
-    layers = dict.fromkeys(names, TWO_OF_FOUR)
-    made = applied(case, Candidate(layers=layers, recipe=Recipe(recover_steps=recover_steps)))
-    assert {case.net.get_submodule(name).get_parameter("weight").ndim for name in names} == {2, 4}
-    for name in names:
-        fours = made.get_submodule(name).get_parameter("weight").unflatten(1, (-1, 4))
-        assert bool(((fours == 0).sum(2) == 2).all())
-
-
-def test_of_four_the_two_smallest_go() -> None:
-    net = nn.Sequential(nn.Linear(8, 1, bias=False)).requires_grad_(False)
-    net[0].weight.copy_(torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.0, 0.0, 0.0, -1.0]]))
-    hold(net, sparsity_masks(net, Candidate(layers={"0": TWO_OF_FOUR})))
-    assert net[0].weight.tolist() == [[0.0, -4.0, 3.0, 0.0, 0.0, 0.0, 0.0, -1.0]]
-
-
-def test_a_pattern_that_does_not_fit_fails_with_the_layers_name() -> None:
-    net = nn.Sequential(nn.Linear(6, 2))
-    with pytest.raises(StageError, match="layer '0' cannot be 2:4 sparse: it has 6 input channels") as caught:
-        sparsity_masks(net, Candidate(layers={"0": TWO_OF_FOUR}))
-    assert caught.value.stage == "compress"
-
-
 def test_zeros_hold_through_recovery(described: Get) -> None:
     case = described("residual")
     candidate = Candidate(widths=halves(case), layers=sparse(0.5, "conv1", "fc"), recipe=Recipe(recover_steps=8))
@@ -133,33 +87,6 @@ def test_zeros_hold_through_recovery(described: Get) -> None:
         assert int((after == 0).sum()) == int(0.5 * after.numel())
         assert torch.equal(after == 0, before == 0)
         assert not torch.equal(after, before)
-
-
-def test_settling_batchnorm_estimates_plain_averages_and_changes_nothing_else() -> None:
-    net = nets.seeded(nets.perceptron)
-    before = state_of(net)
-    data = [nets.rows(64, seed=1), nets.rows(64, seed=2)]
-    settle_batchnorm(net, nets.positional, data)
-    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"{i}.{what}" for i in "14" for what in ("running_mean", "running_var", "num_batches_tracked")}
-    seen = torch.stack([F.linear(b["input"], net[0].weight, net[0].bias) for b in data])
-    torch.testing.assert_close(net[1].running_mean, seen.mean(1).mean(0))
-    torch.testing.assert_close(net[1].running_var, seen.var(1).mean(0))
-    assert net[1].momentum == 0.1
-    assert not any(module.training for module in net.modules())
-
-
-def test_settling_forgets_statistics_that_were_wrong() -> None:
-    data = [nets.rows(256, seed=seed) for seed in range(4)]
-    net = nets.seeded(nets.perceptron)
-    settle_batchnorm(net, nets.positional, data)
-    wanted = net(data[0]["input"])
-    spoilt = copy.deepcopy(net)
-    spoilt[1].running_mean += 5
-    spoilt[4].running_var *= 9
-    assert (spoilt(data[0]["input"]) - wanted).abs().max() > 0.1
-    settle_batchnorm(spoilt, nets.positional, data)
-    torch.testing.assert_close(spoilt(data[0]["input"]), wanted)
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +100,8 @@ def trained() -> tuple[Described, Tensor, Tensor]:
         rows = torch.randint(0, len(images), (size,), generator=torch.Generator().manual_seed(seed))
         return {"image": images[rows]}
 
-    structure, groups = describe(net, lambda model: nets.positional(model, inputs()))
-    case = Described(net=net, inputs=inputs, call=nets.positional, structure=structure, groups=groups)
+    structure, anatomy = describe(net, lambda model: nets.positional(model, inputs()))
+    case = Described(net=net, inputs=inputs, call=nets.positional, structure=structure, anatomy=anatomy)
     return case, *parts["validation"].tensors
 
 
@@ -185,9 +112,9 @@ def share(chosen: Tensor, wanted: Tensor) -> float:
 def test_settling_after_a_cut_wins_back_accuracy(trained: tuple[Described, Tensor, Tensor]) -> None:
     case, images, labels = trained
     widths = halves(case)
-    cut = cut_widths(case.net, case.groups, widths)
+    raw = cut(case.net, case.anatomy, Candidate(widths=widths), before=Candidate())
     with torch.no_grad():
-        unsettled = share(cut(images).argmax(1), labels)
+        unsettled = share(raw(images).argmax(1), labels)
         settled = share(applied(case, Candidate(widths=widths))(images).argmax(1), labels)
     assert settled > unsettled + 0.1
 
@@ -230,3 +157,112 @@ def test_a_student_that_its_task_keeps_is_not_changed(described: Get) -> None:
 def test_a_student_that_the_task_does_not_have_is_refused(described: Get) -> None:
     with pytest.raises(StageError, match=r"the candidate wants a student of width 0\.5, the task has none"):
         applied(described("perceptron"), Candidate(student=0.5))
+
+
+def plan(*stages: Stage, steps: int = 0) -> Recipe:
+    return Recipe(recover_steps=steps, stages=stages)
+
+
+def scored(*figures: float) -> Callable[[nn.Module], float]:
+    """A metric that gives these figures in turn."""
+    left = list(figures)
+    return lambda _: left.pop(0)
+
+
+SHRINK = Stage(name="shrink", prune=Prune(), cycles=4, gate=5.0)
+
+
+def test_cycles_cut_further_each_time_and_end_at_the_candidate(described: Get) -> None:
+    case = described("residual")
+    seen: list[int] = []
+
+    def watched(net: nn.Module) -> float:
+        seen.append(sum(p.numel() for p in net.parameters()))
+        return 0.9
+
+    whole = apply(Candidate(widths=halves(case), recipe=plan(SHRINK)), setting(case, validate=watched))
+    at_once = applied(case, Candidate(widths=halves(case)))
+    sizes = [size for size in seen if size != sum(p.numel() for p in case.net.parameters())]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert len(sizes) == 4
+    assert same(whole.model.state_dict(), at_once.state_dict())
+    assert (whole.done.widths, whole.notes) == (halves(case), ())
+
+
+def test_a_cycle_that_fails_its_gate_is_undone_and_named_with_figure_and_limit(described: Get) -> None:
+    case = described("residual")
+    # The original, then cycle by cycle: 0.9 is the reference each time.
+    figures = scored(0.9, 0.89, 0.9, 0.88, 0.9, 0.8)
+    candidate = Candidate(widths=halves(case), layers=sparse(0.5, "fc"), recipe=plan(SHRINK))
+    made = apply(candidate, setting(case, validate=figures))
+    assert made.notes == ("stage 'shrink', cycle 3 of 4 was undone: it lost 10.00 points, the limit is 5",)
+    full = {g.name: g.width for g in case.anatomy.groups}
+    assert {n: (full[n] - w) / (full[n] - halves(case)[n]) for n, w in made.done.widths.items()} == pytest.approx(
+        dict.fromkeys(full, 0.5)
+    )
+    assert made.done.layers["fc"].sparsity == Sparsity(ratio=0.25)
+    again = cut(case.net, case.anatomy, made.done, before=Candidate())
+    assert [p.shape for p in again.parameters()] == [p.shape for p in made.model.parameters()]
+
+
+def test_a_stage_that_prepares_for_bits_leaves_what_was_before_to_fall_back_on(described: Get) -> None:
+    case = described("residual")
+    stages = (Stage(name="cut", prune=Prune()), Stage(name="bits", quantize=Quantize(equalize=True), gate=1.0))
+    layers = {"conv1": parse_precision("w4a8")}
+    candidate = Candidate(widths=halves(case), layers=layers, recipe=plan(*stages))
+    made = apply(candidate, setting(case, validate=scored(0.9, 0.9)))
+    assert made.done.layers == layers
+    assert made.fallback is not None
+    assert (made.fallback.done.layers, made.fallback.done.widths) == ({}, halves(case))
+    undone = apply(candidate, setting(case, validate=scored(0.9, 0.8)))
+    assert undone.done.layers == {}
+    assert undone.notes == ("stage 'bits' was undone: it lost 10.00 points, the limit is 1",)
+    assert same(undone.model.state_dict(), made.fallback.model.state_dict())
+
+
+def test_what_is_kept_on_disk_is_read_back_as_it_was(described: Get, tmp_path: Path) -> None:
+    case = described("residual")
+    stages = (Stage(name="cut", prune=Prune()), Stage(name="bits", quantize=Quantize(aware=True), train=Train()))
+    layers = {"conv1": parse_precision("w4a8"), "fc": LayerChoice(sparsity=Sparsity(ratio=0.5))}
+    candidate = Candidate(widths=halves(case), layers=layers, recipe=plan(*stages, steps=2))
+    made = apply(candidate, setting(case))
+    kept.write(tmp_path / "made.safetensors", made)
+    read = kept.read(tmp_path / "made.safetensors", setting(case))
+    assert same(read.model.state_dict(), made.model.state_dict())
+    assert (read.done, read.notes, read.learned.inputs) == (made.done, made.notes, made.learned.inputs)
+    assert {n: s.tolist() for n, s in read.learned.scales.items()} == {
+        n: s.tolist() for n, s in made.learned.scales.items()
+    }
+
+
+@pytest.mark.parametrize("schedule", ["at-once", "gradual", "rewind"])
+def test_all_schedules_end_with_the_share_of_zeros(described: Get, schedule: Any) -> None:
+    case = described("residual")
+    stage = Stage(name="recover", prune=Prune(schedule=schedule), train=Train())
+    made = applied(case, Candidate(layers=sparse(0.75, "conv1"), recipe=plan(stage, steps=8)))
+    assert int((made.conv1.weight == 0).sum()) == int(0.75 * made.conv1.weight.numel())
+
+
+def test_a_copy_of_the_original_is_not_trained_to_be_a_copy(described: Get) -> None:
+    case = described("residual")
+    same_as_before = applied(case, Candidate(recipe=Recipe(recover_steps=5)))
+    assert same(same_as_before.state_dict(), case.net.state_dict())
+    born_again = Stage(name="again", train=Train(distill=Distill(teachers="self")))
+    assert not same(applied(case, Candidate(recipe=plan(born_again, steps=5))).state_dict(), case.net.state_dict())
+
+
+def test_every_kind_of_cut_at_once(described: Get) -> None:
+    """Widths, a rank, zeros and bits, with training that sees them."""
+    case = described("residual")
+    layers = {
+        "conv2": LayerChoice(weight_bits=4, activation_bits=8, rank=2),
+        "fc": LayerChoice(sparsity=Sparsity(ratio=0.5), weight_bits=8, activation_bits=8),
+    }
+    stages = (
+        Stage(name="cut", prune=Prune(reconstruct=True, importance="activation"), train=Train(share=0.5)),
+        Stage(name="bits", quantize=Quantize(aware=True, correct_bias=True), train=Train(share=0.5)),
+    )
+    made = apply(Candidate(widths=halves(case), layers=layers, recipe=plan(*stages, steps=4)), setting(case))
+    assert isinstance(made, Compressed)
+    assert set(made.learned.scales) == {"conv2.0", "conv2.1", "fc"}
+    assert case.call(made.model, case.inputs()) is not None

@@ -29,7 +29,7 @@ PRUNES = st.builds(
 TRAINS = st.builds(
     Train,
     share=st.floats(0.1, 0.3),
-    optimizer=st.sampled_from(["adamw", "sgd"]),
+    optimizer=st.sampled_from(["auto", "adamw", "sgd"]),
     patience=st.none() | st.integers(1, 9),
     distill=st.builds(
         Distill,
