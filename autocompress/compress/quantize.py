@@ -85,8 +85,11 @@ def _squared_errors(rows: NDArray[np.float32], scale: NDArray[np.float64], top: 
     return errors
 
 
-def activation_scale(stats: ActivationStats, calibrator: Calibrator, name: str) -> ActivationScale:
-    """The uint8 scale for a tensor: of its true extremes, of a percentile, or with the least squared error."""
+def activation_scale(stats: ActivationStats, calibrator: Calibrator, name: str, bits: int = 8) -> ActivationScale:
+    """The uint8 scale for a tensor: of its true extremes, of a percentile, or with the least squared error.
+
+    Of fewer than 8 bits, the lowest integers are used.
+    """
     low, high = stats.low, stats.high
     if not (np.isfinite(low) and np.isfinite(high)):
         raise StageError("calibrate", f"activation {name!r} ranges from {low} to {high} on the calibration data")
@@ -95,17 +98,18 @@ def activation_scale(stats: ActivationStats, calibrator: Calibrator, name: str) 
         high = min(high, float(np.percentile(stats.sample, PERCENTILE)))
     low, high = min(low, 0.0), max(high, 0.0)
     if calibrator == "mse":
-        scales = [_scale(low * s, high * s) for s in _SHRINKS]
-        errors = [_squared_error(stats.sample, s) for s in scales]
+        scales = [_scale(low * s, high * s, bits) for s in _SHRINKS]
+        errors = [_squared_error(stats.sample, s, bits) for s in scales]
         return scales[int(np.argmin(errors))]
-    return _scale(low, high)
+    return _scale(low, high, bits)
 
 
-def _scale(low: float, high: float) -> ActivationScale:
-    scale = max((high - low) / 255, 1e-8)
-    return ActivationScale(scale=scale, zero_point=int(np.clip(round(-low / scale), 0, 255)))
+def _scale(low: float, high: float, bits: int) -> ActivationScale:
+    top = 2**bits - 1
+    scale = max((high - low) / top, 1e-8)
+    return ActivationScale(scale=scale, zero_point=int(np.clip(round(-low / scale), 0, top)))
 
 
-def _squared_error(sample: NDArray[np.float32], s: ActivationScale) -> float:
-    q = np.clip(np.rint(sample / s.scale) + s.zero_point, 0, 255)
+def _squared_error(sample: NDArray[np.float32], s: ActivationScale, bits: int) -> float:
+    q = np.clip(np.rint(sample / s.scale) + s.zero_point, 0, 2**bits - 1)
     return float((((q - s.zero_point) * s.scale - sample) ** 2).mean())

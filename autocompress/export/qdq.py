@@ -6,20 +6,18 @@ are integer too; Softmax, masks, normalisations and what follows them stay float
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from autocompress.compress.quantize import ActivationScale, ActivationStats, Learned, activation_scale, quantize_weight
+from autocompress.compress.quantize import ActivationStats, Learned
 from autocompress.core.candidate import LayerChoice
 from autocompress.core.errors import StageError
 from autocompress.core.recipe import Calibrator
-from autocompress.export.graph import array_of, constant, insert, only_consumer, tidy
-from autocompress.export.storage import store_floats, store_integers, store_scaled
+from autocompress.export.graph import constant, only_consumer, tidy
+from autocompress.export.ranges import KEEPS_SCALE, Steps, Unit, find_ranges
+from autocompress.export.weights import put_floats, put_integers
 
-_KEEPS_SCALE = {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}
 _JOINS = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}
 
@@ -37,17 +35,6 @@ def integer_weight_bits(facts: Mapping[str, str]) -> int:
     return 7 if x86 and not _VNNI & set(facts.get("flags", "").split()) else 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """A node that runs on integers, with the activation it swallows; `inputs` and `output` are the tensors between."""
-
-    node: ir.Node
-    activation: ir.Node | None
-    inputs: tuple[ir.Value, ...]
-    output: ir.Value
-    integer_output: bool
-
-
 def integer_units(graph: ir.Graph, layers: set[str]) -> list[Unit]:
     """The nodes that run on integers when `layers` do, in topological order."""
     units: list[Unit] = []
@@ -55,10 +42,10 @@ def integer_units(graph: ir.Graph, layers: set[str]) -> list[Unit]:
     for node in graph:
         is_layer = node.name in layers and node.op_type in _WEIGHTED
         inputs = _tensors(node)
-        joins = node.op_type in _JOINS | _KEEPS_SCALE and inputs and all(v in made for v in inputs)
+        joins = node.op_type in _JOINS | KEEPS_SCALE and inputs and all(v in made for v in inputs)
         if not (is_layer or (joins and _whole(node, inputs))):
             continue
-        swallowed = only_consumer(node.outputs[0]) if node.op_type not in _KEEPS_SCALE | {"MatMul"} else None
+        swallowed = only_consumer(node.outputs[0]) if node.op_type not in KEEPS_SCALE | {"MatMul"} else None
         if swallowed is not None and not _is_rectifier(swallowed):
             swallowed = None
         output = (swallowed or node).outputs[0]
@@ -102,6 +89,8 @@ def lower(
         model: a float graph whose layer nodes are named after their layers.
         layers: choices by layer name; names that are no node of the graph are an error.
         stats: calibration of every tensor that may become integer, by tensor name.
+        learned: scales that stand for those that would be found here, where the weights lie on them, and ranges of
+            layers' inputs that stand for what calibration saw.
 
     Raises:
         StageError: a layer is not in the graph, or its range was not calibrated.
@@ -113,41 +102,22 @@ def lower(
             raise StageError("export", f"layer {name!r} is not in the exported graph")
     integer = {name for name, choice in layers.items() if choice.kernel == "int8"}
     units = integer_units(graph, integer)
-    scales = _tensor_scales(units, stats, calibrator)
-    weights = {
-        unit.node: _integer_weight(graph, unit.node, layers[str(unit.node.name)], scales[unit.inputs[0]])
-        for unit in units
-        if unit.node.name in integer
-    }
+    ranges = find_ranges(units, layers, stats, calibrator, learned)
+    scales = {str(unit.node.name): ranges.read_by(unit).scale for unit in units if unit.node.name in integer}
     for name, choice in layers.items():
-        if nodes[name] not in weights and choice != LayerChoice():
-            _store_float_layer(graph, nodes[name], choice)
-    _insert_pairs(graph, units, scales)
+        if name in scales:
+            put_integers(graph, nodes[name], choice, scales[name], learned.scales.get(name))
+        elif choice != LayerChoice():
+            put_floats(graph, nodes[name], choice, learned.scales.get(name))
+    _insert_pairs(graph, units, ranges.tensors)
+    for node, steps in ranges.narrow.items():
+        wide = node.inputs[0]
+        assert wide is not None
+        _insert_pair(graph, f"{node.name}.input", wide, [(node, 0)], node, steps)
     return tidy(model)
 
 
-def _tensor_scales(
-    units: list[Unit], stats: Mapping[str, ActivationStats], calibrator: Calibrator
-) -> dict[ir.Value, ActivationScale]:
-    scales: dict[ir.Value, ActivationScale] = {}
-    for unit in units:
-        for value in unit.inputs:
-            if value not in scales:
-                scales[value] = _scale_of(value, stats, calibrator)
-        if unit.node.op_type in _KEEPS_SCALE:
-            scales[unit.output] = scales[unit.inputs[0]]
-        elif unit.integer_output:
-            scales[unit.output] = _scale_of(unit.output, stats, calibrator)
-    return scales
-
-
-def _scale_of(value: ir.Value, stats: Mapping[str, ActivationStats], calibrator: Calibrator) -> ActivationScale:
-    if value.name not in stats:
-        raise StageError("calibrate", f"no range is known of tensor {value.name!r}")
-    return activation_scale(stats[str(value.name)], calibrator, str(value.name))
-
-
-def _insert_pairs(graph: ir.Graph, units: list[Unit], scales: Mapping[ir.Value, ActivationScale]) -> None:
+def _insert_pairs(graph: ir.Graph, units: list[Unit], scales: Mapping[ir.Value, Steps]) -> None:
     """Q and DQ on every integer tensor. Float readers of an integer node's output read what it rounded."""
     made = {unit.output for unit in units if unit.integer_output}
     readers = {unit.node for unit in units}
@@ -172,19 +142,25 @@ def _insert_pair(
     source: ir.Value,
     uses: list[tuple[ir.Node, int]],
     first: ir.Node | None,
-    s: ActivationScale,
+    s: Steps,
 ) -> ir.Value:
     scale = constant(graph, f"{name}.scale", np.float32(s.scale))
     zero = constant(graph, f"{name}.zero_point", np.uint8(s.zero_point))
     quantize = ir.node("QuantizeLinear", [source, scale, zero], outputs=[ir.Value(name=f"{name}.q")], name=f"{name}.q")
+    pair = [quantize]
+    if s.top < 255:
+        top = constant(graph, f"{name}.top", np.uint8(s.top))
+        pair.append(ir.node("Clip", [quantize.outputs[0], None, top], name=f"{name}.clip"))
+        pair[-1].outputs[0].name = f"{name}.clip"
     dequantize = ir.node(
-        "DequantizeLinear", [quantize.outputs[0], scale, zero], outputs=[ir.Value(name=f"{name}.dq")], name=f"{name}.dq"
+        "DequantizeLinear", [pair[-1].outputs[0], scale, zero], outputs=[ir.Value(name=f"{name}.dq")], name=f"{name}.dq"
     )
+    pair.append(dequantize)
     producer = source.producer()
     if producer is not None:
-        graph.insert_after(producer, [quantize, dequantize])
+        graph.insert_after(producer, pair)
     elif first is not None:
-        graph.insert_before(first, [quantize, dequantize])
+        graph.insert_before(first, pair)
     rounded = dequantize.outputs[0]
     for node, index in uses:
         node.replace_input_with(index, rounded)
@@ -198,57 +174,6 @@ def _rename_output(graph: ir.Graph, value: ir.Value, rounded: ir.Value) -> None:
     graph.outputs[list(graph.outputs).index(value)] = rounded
 
 
-def _integer_weight(graph: ir.Graph, node: ir.Node, choice: LayerChoice, x: ActivationScale) -> ir.Value:
-    """Weight and bias of an integer layer as integers with DequantizeLinear."""
-    weight, axis = _weight(node)
-    q, scale = quantize_weight(weight, choice.weight_bits, axis)
-    bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    if bias is not None:
-        # An (almost) all-zero channel has a scale so small that its bias would leave int32.
-        scale = np.maximum(scale, np.abs(bias).astype(np.float32) / (x.scale * 2.0**30)).astype(np.float32)
-        shape = [1] * weight.ndim
-        shape[axis] = -1
-        top = 2 ** (choice.weight_bits - 1) - 1
-        q = np.clip(np.rint(weight / scale.reshape(shape)), -top, top).astype(np.int8)
-    name = str(node.name)
-    integers = store_integers(graph, node, name, q, choice.weight_bits)
-    scales = constant(graph, f"{name}.weight_scale", scale)
-    zeros = constant(graph, f"{name}.weight_zero_point", np.zeros(len(scale), np.int8))
-    rounded = insert(graph, node, "DequantizeLinear", [integers, scales, zeros], f"{name}.weight_dq", axis=axis)
-    node.replace_input_with(1, rounded)
-    if bias is not None:
-        step = scale.astype(np.float64) * x.scale
-        q_bias = constant(graph, f"{name}.bias_int32", np.rint(bias.astype(np.float64) / step).astype(np.int32))
-        steps = constant(graph, f"{name}.bias_scale", step.astype(np.float32))
-        zeros32 = constant(graph, f"{name}.bias_zero_point", np.zeros(len(scale), np.int32))
-        node.replace_input_with(
-            2, insert(graph, node, "DequantizeLinear", [q_bias, steps, zeros32], f"{name}.bias_dq", axis=0)
-        )
-    return rounded
-
-
-def _store_float_layer(graph: ir.Graph, node: ir.Node, choice: LayerChoice) -> None:
-    """A layer that runs in float: its weight in a smaller form of storage."""
-    weight, axis = _weight(node)
-    name = str(node.name)
-    if choice.weight_bits <= 8:
-        q, scale = quantize_weight(weight, choice.weight_bits, axis)
-        value = store_scaled(graph, node, name, q, scale, axis, choice.weight_bits)
-    else:
-        value = store_floats(graph, node, name, weight, choice.weight_bits)
-    node.replace_input_with(0 if node.op_type == "Gather" else 1, value)
-
-
-def _weight(node: ir.Node) -> tuple[NDArray[np.float32], int]:
-    """The weight of a layer's node and the axis of its output channels (for an embedding: of its rows)."""
-    array = array_of(node.inputs[0 if node.op_type == "Gather" else 1])
-    if array is None:
-        raise StageError("export", f"the weight of {node.name!r} is not a constant of the graph")
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-    axis = 1 if node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed) else 0
-    return np.asarray(array, np.float32), axis
-
-
 def _tensors(node: ir.Node) -> list[ir.Value]:
     """Inputs that are computed or fed, not constants."""
     return [v for v in node.inputs if v is not None and ir.convenience.get_const_tensor(v) is None]
@@ -256,7 +181,7 @@ def _tensors(node: ir.Node) -> list[ir.Value]:
 
 def _whole(node: ir.Node, inputs: list[ir.Value]) -> bool:
     """Whether all inputs of a join are tensors; one with a constant (a bias after MatMul, say) stays float."""
-    return node.op_type in _KEEPS_SCALE or len(inputs) == len([v for v in node.inputs if v is not None])
+    return node.op_type in KEEPS_SCALE or len(inputs) == len([v for v in node.inputs if v is not None])
 
 
 def _is_rectifier(node: ir.Node) -> bool:
@@ -268,11 +193,11 @@ def _clip_low(node: ir.Node) -> float | None:
     return None if low is None else float(low.numpy())
 
 
-def _is_idle(node: ir.Node, s: ActivationScale) -> bool:
+def _is_idle(node: ir.Node, s: Steps) -> bool:
     """Whether uint8 saturation already does what a rectifier does: its zero is the lowest integer, its top above."""
     if s.zero_point != 0:
         return False
     if node.op_type == "Relu":
         return True
     high = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
-    return high is None or 255 * s.scale <= float(high.numpy()) * (1 + 1e-6)
+    return high is None or s.top * s.scale <= float(high.numpy()) * (1 + 1e-6)
