@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -48,8 +48,8 @@ def cut(model: nn.Module, anatomy: Anatomy, candidate: Candidate, *, before: Can
     if left := [name for name in candidate.skipped if name not in before.skipped]:
         skip_blocks(model, left)
     ranks = {n: (c.rank, c.factors) for n, c in candidate.layers.items() if c.rank and _own(before, n).rank is None}
-    present = dict(model.named_modules())
-    factorize(model, {name: how for name, how in ranks.items() if name in present})
+    known = dict(model.named_modules())
+    factorize(model, {name: how for name, how in ranks.items() if name in known})
     return model
 
 
@@ -77,10 +77,19 @@ def on_the_way(candidate: Candidate, anatomy: Anatomy, part: float) -> Candidate
 
 def choices(model: nn.Module, candidate: Candidate) -> dict[str, LayerChoice]:
     """The candidate's choices by the names that `model` has: both factors of a layer have its choice."""
-    factors = expand(model)
-    present = {name for name, _ in model.named_modules()}
-    found = {n: c for n, c in candidate.layers.items() if n in present and n not in factors.values()}
-    return found | {n: candidate.layers[whole] for n, whole in factors.items() if whole in candidate.layers}
+    return {n: candidate.layers[whole] for n, whole in present(model, candidate.layers).items()}
+
+
+def present(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Those of `layers` that the model has, by the names they have in it: a layer of two factors has two."""
+    factors, known = expand(model), {name for name, _ in model.named_modules()}
+    wholes = set(factors.values())
+    return {
+        own: name
+        for name in layers
+        for own in (([f for f, whole in factors.items() if whole == name]) if name in wholes else [name])
+        if own in known
+    }
 
 
 def _own(candidate: Candidate, name: str) -> LayerChoice:

@@ -13,10 +13,11 @@ ALIKE = 0.9  # cosine of a silenced block's output and its input, or what a rect
 
 
 def find_blocks(model: nn.Module, call: Call) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Residual blocks by name in the order they run, and for each module that only looks like one, why it is not.
+    """Residual blocks by name in the order they run, and for each one that cannot be left out, why not.
 
-    A block takes one tensor and gives one of the same shape, holds at least two layers, and gives its input, or a
-    rectified or normalised form of it, when its layers and its BatchNorms are silent. Of nested ones the inner count.
+    A block takes a tensor, and masks perhaps, and gives one of the same shape, holds at least two layers, and gives its
+    input, or a rectified or normalised form of it, when its layers and its BatchNorms are silent. Of nested ones the
+    inner count.
 
     Args:
         call: runs a model on a sample of the task.
@@ -30,6 +31,8 @@ def find_blocks(model: nn.Module, call: Call) -> tuple[tuple[str, ...], dict[str
             continue
         if any(other.startswith(f"{name}.") for other in blocks):
             continue
+        if not _gives_its_input(model, call, name):
+            continue
         if reason := _reason(model, call, name):
             found[name] = reason
         else:
@@ -37,19 +40,27 @@ def find_blocks(model: nn.Module, call: Call) -> tuple[tuple[str, ...], dict[str
     return tuple(blocks), found
 
 
+class Skipped(nn.Module):
+    """Gives its first input, whatever else it gets."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The first input."""
+        return x
+
+
 def skip_blocks(model: nn.Module, names: Iterable[str]) -> None:
-    """Put an Identity in the place of each, in place."""
+    """Put a `Skipped` in the place of each, in place."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Identity())
+        setattr(model.get_submodule(owner), leaf, Skipped())
 
 
 def _runs(model: nn.Module, call: Call) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of each module that ran once with one tensor in and one out, inner ones first."""
+    """First input and output of each module that ran once and gave one tensor, inner ones first."""
     seen: dict[str, tuple[Tensor, Tensor] | None] = {}
 
     def look(name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        fits = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor) and name not in seen
+        fits = bool(inputs) and isinstance(inputs[0], Tensor) and isinstance(output, Tensor) and name not in seen
         seen[name] = (inputs[0], output) if fits else None
 
     handles = [
@@ -66,8 +77,8 @@ def _runs(model: nn.Module, call: Call) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: pair for name, pair in seen.items() if pair is not None and pair[0].is_floating_point()}
 
 
-def _reason(model: nn.Module, call: Call, name: str) -> str | None:
-    """Why a module cannot be left out, None where it can."""
+def _gives_its_input(model: nn.Module, call: Call, name: str) -> bool:
+    """Whether that is so when its layers and its BatchNorms are silent."""
     silenced = copy.deepcopy(model)
     with torch.no_grad():
         for module in silenced.get_submodule(name).modules():
@@ -76,11 +87,13 @@ def _reason(model: nn.Module, call: Call, name: str) -> str | None:
                     parameter.zero_()
     pair = _runs(silenced, call).get(name)
     if pair is None:
-        return "block kept: it does not run without its layers"
+        return False
     given, got = (tensor.flatten().double() for tensor in pair)
-    alike = max(_cosine(got, form) for form in (given, given.relu()))
-    if not alike > ALIKE:
-        return "block kept: without its layers it does not give what it got"
+    return max(_cosine(got, form) for form in (given, given.relu())) > ALIKE
+
+
+def _reason(model: nn.Module, call: Call, name: str) -> str | None:
+    """Why a block cannot be left out, None where it can."""
     without = copy.deepcopy(model)
     skip_blocks(without, [name])
     try:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from autocompress.compress.cut import Anatomy
+from autocompress.compress.depth import find_blocks
+from autocompress.compress.heads import find_heads
 from autocompress.compress.width import ChannelGroup, channel_groups
-from autocompress.core.space import Group, Kind, Layer, Structure
+from autocompress.core.space import Group, Heads, Kind, Layer, Structure
 
 Call = Callable[[nn.Module], Any]
 
@@ -21,15 +24,15 @@ KIND_OF: Mapping[type[nn.Module], Kind] = {
 _FOLDED = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
 
-def describe(model: nn.Module, call: Call) -> tuple[Structure, tuple[ChannelGroup, ...]]:
-    """Find layers and channel groups by running the model once on a sample.
+def describe(model: nn.Module, call: Call) -> tuple[Structure, Anatomy]:
+    """Find layers, channel groups, attention heads and residual blocks by running the model on a sample.
 
     Args:
         model: the user's model in eval mode; it is not changed.
         call: runs a model on a sample batch of the task and returns its output.
 
     Returns:
-        The structure, and for each of its groups, in the same order, how to cut it.
+        The structure, and how to cut what is in it.
     """
     runs = _count_runs(model, call)
     left_alone: dict[str, str] = {}
@@ -45,11 +48,17 @@ def describe(model: nn.Module, call: Call) -> tuple[Structure, tuple[ChannelGrou
         elif reason is not None:
             left_alone[name or "(the model itself)"] = reason
     groups, refused = channel_groups(model, call, {layer.name for layer in layers})
-    left_alone |= {name: why for name, why in refused.items() if name not in left_alone}
-    return (
-        Structure(layers=_with_blocks(layers), groups=tuple(_value(g) for g in groups), left_alone=left_alone),
-        tuple(groups),
+    heads, no_heads = find_heads(model, call)
+    blocks, no_blocks = find_blocks(model, call)
+    left_alone = {**no_blocks, **no_heads, **refused, **left_alone}
+    structure = Structure(
+        layers=_with_blocks(layers),
+        groups=tuple(_value(g) for g in groups),
+        heads=tuple(Heads(name=h.name, count=h.count) for h in heads),
+        blocks=blocks,
+        left_alone=left_alone,
     )
+    return structure, Anatomy(groups=tuple(groups), heads=heads, blocks=blocks)
 
 
 def _value(group: ChannelGroup) -> Group:

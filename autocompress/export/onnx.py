@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from autocompress.compress.cut import present
 from autocompress.compress.quantize import ActivationStats, Learned
 from autocompress.core.artifact import Format, TensorSpec
 from autocompress.core.candidate import Candidate, LayerChoice
@@ -53,9 +54,10 @@ class OnnxExporter:
 
     def convert(self, model: nn.Module, topology: str, watch: Watch, learned: Learned) -> "OnnxFloat":
         """The model as a graph: of the original's template, or where sizes are baked into that, of its own."""
-        if topology not in self._templates and set(self._original.weights) <= _names(model):
-            with contextlib.suppress(StageError):  # a size baked into the graph: ONNX Runtime refuses the cut weights
-                return self._filled(self._original, model, watch, learned)
+        if topology not in self._templates:
+            for template in self._alike(model):
+                with contextlib.suppress(StageError):  # a size baked into the graph: the cut weights do not fit, or the
+                    return self._filled(template, model, watch, learned)  # outputs are others
         if topology not in self._templates:
             with watch("export"):
                 self._templates[topology] = self._export(model)
@@ -64,6 +66,13 @@ class OnnxExporter:
         self._templates.move_to_end(topology)
         return self._filled(self._templates[topology], model, watch, learned)
 
+    def _alike(self, model: nn.Module) -> list[Template]:
+        """The template of the original, and the latest of its own for a model of the same parts, where they may fit."""
+        names = _names(model)
+        found = [self._original] if set(self._original.weights) <= names else []
+        own = [template for template in self._templates.values() if template.names == names]
+        return found + own[-1:]
+
     def _filled(self, template: Template, model: nn.Module, watch: Watch, learned: Learned) -> "OnnxFloat":
         with watch("export"):
             graph = template.fill(model)
@@ -71,11 +80,13 @@ class OnnxExporter:
             difference = self._difference(template, graph, model)
         if difference > FLOAT_TOLERANCE:
             raise StageError("export", _differs(difference))
-        return OnnxFloat(template, graph, self._source, self._profile, self._checked, learned)
+        names = present(model, self._layers)
+        return OnnxFloat(template, graph, names, self._source, self._profile, self._checked, learned)
 
     def _export(self, model: nn.Module) -> Template:
         source = self._source
-        return export_template(model, source.sample, self._layers, source.outputs, by_keyword=source.by_keyword)
+        layers = list(present(model, self._layers))
+        return export_template(model, source.sample, layers, source.outputs, by_keyword=source.by_keyword)
 
     def _difference(self, template: Template, graph: ir.Model, model: nn.Module) -> float:
         """Largest difference of a float graph to torch on a sample, relative to the largest output."""
@@ -93,14 +104,19 @@ class OnnxFloat:
         self,
         template: Template,
         graph: ir.Model,
+        names: Mapping[str, str],
         source: Source,
         profile: Profile,
         checked: set[str],
         learned: Learned,
     ) -> None:
-        """`checked` holds the kernel keys whose optimised outputs were compared with unoptimised ones."""
+        """`names`: layers of the original by the names they have in the model.
+
+        `checked` holds the kernel keys whose optimised outputs were compared with unoptimised ones.
+        """
         self._template = template
         self._graph = graph
+        self._names = names
         self._source = source
         self._profile = profile
         self._checked = checked
@@ -119,7 +135,11 @@ class OnnxFloat:
 
     def lower(self, candidate: Candidate, watch: Watch) -> Lowered:
         """A copy of the graph with the candidate's choices, as bytes."""
-        layers = {name: choice for name, choice in candidate.layers.items() if name in self._template.nodes}
+        layers = {
+            own: candidate.layers[name]
+            for own, name in self._names.items()
+            if name in candidate.layers and own in self._template.nodes
+        }
         for name, choice in layers.items():
             if choice.dynamic:
                 raise StageError("export", f"layer {name!r}: {choice.precision} is made for LiteRT only")
@@ -167,8 +187,8 @@ def _options(candidate: Candidate, profile: Profile) -> dict[str, Any]:
     return {"inference_precision": {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[candidate.float_precision]}
 
 
-def _names(model: nn.Module) -> set[str]:
-    return {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+def _names(model: nn.Module) -> frozenset[str]:
+    return frozenset(n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()))
 
 
 def _feeds(batch: Mapping[str, torch.Tensor]) -> Feeds:

@@ -31,13 +31,15 @@ class Template:
 
     Attributes:
         graph: the model without weights.
-        weights: torch names of the open inputs.
+        names: torch names of all parameters and buffers of the model.
+        weights: those of the open inputs.
         nodes: for each layer that one node computes, the name of that node.
         unmapped: for each other layer, why it is not one node.
         dynamic_batch: whether the first axis of every input is free.
     """
 
     graph: ir.Model
+    names: frozenset[str]
     weights: tuple[str, ...]
     nodes: Mapping[str, str]
     unmapped: Mapping[str, str]
@@ -97,7 +99,7 @@ def export_template(
         except Exception as error:  # whatever it raises on a model that it cannot trace at all
             raise TaskError(f"torch cannot export the model to ONNX: {_root_cause(error)}") from error
     graph = exported.graph
-    known = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
+    known = frozenset((*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())))
     weights = [name for name in graph.initializers if name in known]
     for name in weights:
         value = graph.initializers.pop(name)
@@ -110,7 +112,9 @@ def export_template(
     exported.ir_version = IR_VERSION
     forget_tracing(exported)
     nodes, unmapped = _find_layers(graph, layers)
-    return Template(graph=exported, weights=tuple(weights), nodes=nodes, unmapped=unmapped, dynamic_batch=dynamic)
+    return Template(
+        graph=exported, names=known, weights=tuple(weights), nodes=nodes, unmapped=unmapped, dynamic_batch=dynamic
+    )
 
 
 def _export(

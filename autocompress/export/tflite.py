@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from autocompress.compress.cut import present
 from autocompress.compress.quantize import ActivationStats, Learned, activation_scale
 from autocompress.core.artifact import Format, TensorSpec
 from autocompress.core.candidate import Candidate, LayerChoice
@@ -60,24 +61,35 @@ class TfliteExporter:
     ) -> "TfliteFloat":
         """The model as a float flatbuffer."""
         with watch("export"):
-            data, found = _named(_convert(model, self._source), model, self._layers, self._source)
+            names = present(model, self._layers)
+            data, found = _named(_convert(model, self._source), model, list(names), self._source)
         with watch("check"):
             difference = _difference(data, model, self._source)
         if difference > FLOAT_TOLERANCE:
             raise StageError("export", _differs(difference))
-        lost = (weights_of(model).keys() & self._layers) - found.keys() - self.unmapped.keys()
-        return TfliteFloat(data, found, lost, self._source, learned)
+        lost = (weights_of(model).keys() & names.keys()) - found.keys() - self.unmapped.keys()
+        return TfliteFloat(data, found, names, lost, self._source, learned)
 
 
 class TfliteFloat:
     """A float flatbuffer, and what calibration saw of it."""
 
     def __init__(
-        self, data: bytes, layers: Mapping[str, str], lost: set[str], source: Source, learned: Learned
+        self,
+        data: bytes,
+        layers: Mapping[str, str],
+        names: Mapping[str, str],
+        lost: set[str],
+        source: Source,
+        learned: Learned,
     ) -> None:
-        """`layers` are those found in the file, with the kind of their operator; `lost` are no longer found in it."""
+        """`layers` are those found in the file, with the kind of their operator; `lost` are no longer found in it.
+
+        `names`: layers of the original by the names they have in the model.
+        """
         self._data = data
         self._layers = layers
+        self._names = names
         self._lost = lost
         self._source = source
         self._learned = learned
@@ -98,9 +110,10 @@ class TfliteFloat:
 
     def lower(self, candidate: Candidate, watch: Watch) -> Lowered:
         """The file quantized as the candidate says, its types read back."""
-        layers = {name: choice for name, choice in candidate.layers.items() if name in self._layers}
+        chosen = {own: candidate.layers[name] for own, name in self._names.items() if name in candidate.layers}
+        layers = {name: choice for name, choice in chosen.items() if name in self._layers}
         static = {name for name, choice in layers.items() if choice.kernel == "int8"}
-        for name in self._lost & {n for n, choice in candidate.layers.items() if choice.precision != "fp32"}:
+        for name in self._lost & {n for n, choice in chosen.items() if choice.precision != "fp32"}:
             raise StageError("export", f"layer {name!r} of the compressed model: {_UNMAPPED}")
         if not any(choice.precision != "fp32" for choice in layers.values()):
             return Lowered(data=self._data)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autocompress.compress.cut import Anatomy
 from autocompress.compress.layers import describe
 from autocompress.compress.width import ChannelGroup
 from autocompress.core.space import Structure
@@ -23,7 +24,12 @@ class Described:
     inputs: Callable[..., dict[str, Tensor]]
     call: Callable[[nn.Module, Mapping[str, Tensor]], Any]
     structure: Structure
-    groups: tuple[ChannelGroup, ...]
+    anatomy: Anatomy
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """Channel groups."""
+        return self.anatomy.groups
 
 
 def state_of(net: nn.Module) -> dict[str, Tensor]:
@@ -46,8 +52,8 @@ def described() -> Iterator[Callable[[str], Described]]:
             build, inputs, call = nets.CASES[name]
             net = nets.seeded(build)
             before = state_of(net)
-            structure, groups = describe(net, lambda model: call(model, inputs()))
-            case = Described(net=net, inputs=inputs, call=call, structure=structure, groups=groups)
+            structure, anatomy = describe(net, lambda model: call(model, inputs()))
+            case = Described(net=net, inputs=inputs, call=call, structure=structure, anatomy=anatomy)
             found[name] = case, before
         return found[name][0]
 

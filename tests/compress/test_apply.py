@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autocompress.compress import kept
 from autocompress.compress.apply import Compressed, Setting, apply

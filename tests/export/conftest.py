@@ -63,11 +63,11 @@ class Exported:
 def export(name: str) -> Exported:
     build, inputs, call = nets.CASES[name]
     net = nets.seeded(build)
-    structure, groups = describe(net, lambda model: call(model, inputs()))
+    structure, anatomy = describe(net, lambda model: call(model, inputs()))
     outputs = OUTPUTS.get(name, ("output",))
     layers = [layer.name for layer in structure.layers]
     template = export_template(net, inputs(2), layers, outputs, by_keyword=call is nets.by_name)
-    made = Exported(net=net, inputs=inputs, call=call, groups=groups, template=template, outputs=outputs)
+    made = Exported(net=net, inputs=inputs, call=call, groups=anatomy.groups, template=template, outputs=outputs)
     made.stats.update(collect_stats(made.filled(), template.nodes, [made.feeds(64, seed) for seed in range(4)]))
     return made
 
