@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autocompress.compress.material import Batch, Call
+from autocompress.compress.outputs import outputs_of
 from autocompress.core.errors import StageError
 
 CACHE_BYTES = 256_000_000  # answers of one teacher that are kept at most
 POINTS = 4  # places in the model whose features are compared
 ATTENTION = 1000.0  # weight of attention transfer, as in its paper
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
-
-
-def outputs_of(output: Any) -> list[Tensor]:
-    """All floating tensors of a model's output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, Mapping) else output
-    return [tensor for value in values for tensor in outputs_of(value)]
 
 
 def output_loss(got: Sequence[Tensor], wanted: Sequence[Tensor], *, classifies: bool, temperature: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autocompress.compress.distill import outputs_of
+from autocompress.compress.outputs import outputs_of
 from autocompress.core.errors import StageError
 
 Call = Callable[[nn.Module], Any]

@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from autocompress.compress.material import Material
-from autocompress.compress.recover import outputs_of
+from autocompress.compress.outputs import outputs_of
 from autocompress.compress.width import ChannelGroup, Cut
 from autocompress.core.recipe import Importance
 

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autocompress.compress.distill import Answers, Features, agreed, output_loss, outputs_of
+from autocompress.compress.distill import Answers, Features, agreed, output_loss
 from autocompress.compress.material import Material
+from autocompress.compress.outputs import outputs_of
 from autocompress.core.errors import StageError
 from autocompress.core.recipe import Train
 
