@@ -60,7 +60,8 @@ class Profile:
     def executable(self, precision: str) -> str:
         """The precision, or the nearest one below whose integer weights do not overflow here."""
         choice = parse_precision(precision)
-        if choice.kernel == "int8" and choice.weight_bits > self.integer_weight_bits:
+        even = choice.levels == "uniform"  # the values of a codebook become integers that fit, however many they are
+        if even and choice.kernel == "int8" and choice.weight_bits > self.integer_weight_bits:
             return f"w{self.integer_weight_bits}a{choice.activation_bits}"
         return precision
 

@@ -159,7 +159,8 @@ class OnnxFloat:
     def _lowered(self, layers: Mapping[str, LayerChoice], candidate: Candidate) -> ir.Model:
         graph, stats, calibrator = self._graph.clone(), self._stats or {}, candidate.recipe.calibrator
         if self._profile.dialect == "uint8":
-            return lower(graph, layers, stats, calibrator, self._learned)
+            bits = self._profile.integer_weight_bits
+            return lower(graph, layers, stats, calibrator, self._learned, kernel_bits=bits)
         return lower_symmetric(
             graph, layers, stats, calibrator, dialect=self._profile.dialect, floats=candidate.float_precision
         )

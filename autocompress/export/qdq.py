@@ -82,6 +82,8 @@ def lower(
     stats: Mapping[str, ActivationStats],
     calibrator: Calibrator,
     learned: Learned = Learned(),  # noqa: B008 (frozen)
+    *,
+    kernel_bits: int = 8,
 ) -> ir.Model:
     """Quantize `model` in place as `layers` say.
 
@@ -91,6 +93,7 @@ def lower(
         stats: calibration of every tensor that may become integer, by tensor name.
         learned: scales that stand for those that would be found here, where the weights lie on them, and ranges of
             layers' inputs that stand for what calibration saw.
+        kernel_bits: most bits of the integers that stand for the values of a codebook.
 
     Raises:
         StageError: a layer is not in the graph, or its range was not calibrated.
@@ -106,7 +109,7 @@ def lower(
     scales = {str(unit.node.name): ranges.read_by(unit).scale for unit in units if unit.node.name in integer}
     for name, choice in layers.items():
         if name in scales:
-            put_integers(graph, nodes[name], choice, scales[name], learned.scales.get(name))
+            put_integers(graph, nodes[name], choice, scales[name], learned.scales.get(name), kernel_bits)
         elif choice != LayerChoice():
             put_floats(graph, nodes[name], choice, learned.scales.get(name))
     _insert_pairs(graph, units, ranges.tensors)

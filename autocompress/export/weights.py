@@ -4,11 +4,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from autocompress.compress.cluster import codebook
 from autocompress.compress.quantize import quantize_weight
 from autocompress.core.candidate import LayerChoice
 from autocompress.core.errors import StageError
 from autocompress.export.graph import array_of, constant, insert
-from autocompress.export.storage import store_floats, store_integers, store_scaled
+from autocompress.export.storage import store_codebook, store_floats, store_integers, store_scaled
 
 Scales = NDArray[np.float32]
 _OFF_GRID = 0.02  # of a step; folding a BatchNorm of scale one moves a weight by 1e-7 of itself
@@ -29,21 +30,28 @@ def round_weight(
 
 
 def put_integers(
-    graph: ir.Graph, node: ir.Node, choice: LayerChoice, input_scale: float, learned: Scales | None
+    graph: ir.Graph,
+    node: ir.Node,
+    choice: LayerChoice,
+    input_scale: float,
+    learned: Scales | None,
+    kernel_bits: int,
 ) -> None:
-    """Weight and bias of an integer layer become integers with DequantizeLinear."""
+    """Weight and bias of an integer layer become integers with DequantizeLinear.
+
+    The values of a codebook become integers of at most `kernel_bits` bits, with one scale.
+    """
     weight, axis = weight_of(node)
-    q, scale = round_weight(weight, choice.weight_bits, axis, learned)
     bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    # An (almost) all-zero channel has a scale so small that its bias would leave int32.
+    least = np.zeros(weight.shape[axis], np.float32)
     if bias is not None:
-        # An (almost) all-zero channel has a scale so small that its bias would leave int32.
-        least = np.abs(bias).astype(np.float32) / (input_scale * 2.0**30)
-        if (scale < least).any():
-            scale = np.maximum(scale, least).astype(np.float32)
-            top = 2 ** (choice.weight_bits - 1) - 1
-            q = np.clip(np.rint(weight / _along(scale, weight.ndim, axis)), -top, top).astype(np.int8)
+        least = np.abs(bias).astype(np.float32) / np.float32(input_scale * 2.0**30)
+    if choice.levels == "uniform":
+        integers, scale = _even_integers(graph, node, choice.weight_bits, learned, least)
+    else:
+        integers, scale = _coded_integers(graph, node, choice, least, kernel_bits)
     name = str(node.name)
-    integers = store_integers(graph, node, name, q, choice.weight_bits)
     scales = constant(graph, f"{name}.weight_scale", scale)
     zeros = constant(graph, f"{name}.weight_zero_point", np.zeros(len(scale), np.int8))
     rounded = insert(graph, node, "DequantizeLinear", [integers, scales, zeros], f"{name}.weight_dq", axis=axis)
@@ -62,12 +70,40 @@ def put_floats(graph: ir.Graph, node: ir.Node, choice: LayerChoice, learned: Sca
     """A layer that runs in float: its weight in a smaller form of storage."""
     weight, axis = weight_of(node)
     name = str(node.name)
-    if choice.weight_bits <= 8:
+    if choice.levels != "uniform":
+        value = store_codebook(graph, node, name, *codebook(weight, choice.weight_bits, choice.levels))
+    elif choice.weight_bits <= 8:
         q, scale = round_weight(weight, choice.weight_bits, axis, learned)
         value = store_scaled(graph, node, name, q, scale, axis, choice.weight_bits)
     else:
         value = store_floats(graph, node, name, weight, choice.weight_bits)
     node.replace_input_with(0 if node.op_type == "Gather" else 1, value)
+
+
+def _even_integers(
+    graph: ir.Graph, node: ir.Node, bits: int, learned: Scales | None, least: Scales
+) -> tuple[ir.Value, Scales]:
+    weight, axis = weight_of(node)
+    q, scale = round_weight(weight, bits, axis, learned)
+    if (scale < least).any():
+        scale, top = np.maximum(scale, least), 2 ** (bits - 1) - 1
+        q = np.clip(np.rint(weight / _along(scale, weight.ndim, axis)), -top, top).astype(np.int8)
+    return store_integers(graph, node, str(node.name), q, bits), scale
+
+
+def _coded_integers(
+    graph: ir.Graph, node: ir.Node, choice: LayerChoice, least: Scales, kernel_bits: int
+) -> tuple[ir.Value, Scales]:
+    weight, axis = weight_of(node)
+    indices, table = codebook(weight, choice.weight_bits, choice.levels)
+    largest, top = float(np.abs(table).max()), 2 ** (kernel_bits - 1) - 1
+    counts = np.bincount(indices.reshape(-1), minlength=len(table))
+    # The largest integer that stands for the largest value: 32 or 64 where the values are powers of two.
+    scales = [max(largest / t, _SMALLEST_SCALE) for t in range(top // 2 + 1, top + 1)]
+    errors = [float((counts * (np.rint(table / s) * s - table) ** 2).sum()) for s in scales]
+    scale = max(scales[int(np.argmin(errors))], float(least.max()))
+    integers = store_codebook(graph, node, str(node.name), indices, np.rint(table / scale).astype(np.int8))
+    return integers, np.full(weight.shape[axis], scale, np.float32)
 
 
 def weight_of(node: ir.Node) -> tuple[NDArray[np.float32], int]:

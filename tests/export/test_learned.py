@@ -13,6 +13,7 @@ from autocompress.core.candidate import LayerChoice, parse_precision
 from autocompress.export.graph import to_bytes
 from autocompress.export.parity import check_optimised, sqnr_db
 from autocompress.export.qdq import lower
+from autocompress.export.weights import round_weight
 from tests.export.conftest import Exported, executed, kinds, run
 from tests.export.graphs import conv, graph_of, linear, normal, seen
 
@@ -44,6 +45,7 @@ def test_weights_on_a_learned_grid_are_its_integers(bits: int, kind: str) -> Non
     (got,) = run(data, {"input": np.eye(20, dtype=np.float32)})
     if layer.kernel == "float":
         np.testing.assert_allclose(got.T, weight, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(round_weight(weight, bits, 0, scale)[0], q)
     own = quantize_weight(weight, bits, 0)[1]
     assert np.abs(own - scale).max() > 0.1 * scale.max()  # the export alone would have taken others
 

@@ -6,13 +6,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
+from autocompress.compress.cluster import codebook
 from autocompress.compress.quantize import quantize_weight
 from autocompress.core.candidate import Sparsity, parse_precision
 from autocompress.export.graph import constant, insert, to_bytes
+from autocompress.export.parity import run_onnx, sqnr_db
 from autocompress.export.qdq import lower
 from autocompress.export.storage import store_floats, store_integers
-from tests.export.conftest import executed, run
+from tests.export.conftest import executed, kinds, run
 from tests.export.graphs import graph_of, linear, normal, seen, table
 
 WEIGHT, X = normal(256, 200), normal(16, 200, seed=1)
@@ -44,9 +47,8 @@ def types(data: bytes) -> Counter[str]:
     [
         ("w16a32", "FLOAT16", 2),
         ("w8a32", "INT8", 1),
-        ("w5a32", "INT8", 1),
+        ("w7a32", "INT8", 1),
         ("w4a32", "INT4", 0.5),
-        ("w2a32", "INT4", 0.5),
     ],
 )
 def test_float_layers_are_stored_in_the_smallest_type_that_holds_them(
@@ -56,6 +58,22 @@ def test_float_layers_are_stored_in_the_smallest_type_that_holds_them(
     assert types(data) == {kind: WEIGHT.size}
     assert len(data) == pytest.approx(WEIGHT.size * bytes_per_weight, rel=0.1, abs=3000)
     run(data, {"input": X})
+
+
+@pytest.mark.parametrize(("bits", "bytes_per_weight"), [(2, 4 / 15), (3, 0.4), (5, 4 / 6), (6, 0.8)])
+@pytest.mark.parametrize("activations", [32, 8])
+def test_bits_that_have_no_type_are_packed_into_words(bits: int, bytes_per_weight: float, activations: int) -> None:
+    data = stored(linear(WEIGHT), f"w{bits}a32") if activations == 32 else integer(f"w{bits}a8")
+    assert len(data) == pytest.approx(WEIGHT.size * bytes_per_weight, rel=0.02, abs=4500)
+    assert not types(data)
+    run(data, {"input": X})
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_a_small_layer_is_not_packed_where_the_decoder_takes_more(bits: int) -> None:
+    weight = normal(16, 16)
+    model = linear(weight)
+    assert "Mod" not in kinds(to_bytes(lower(model, {"fc": parse_precision(f"w{bits}a32")}, {}, "minmax")))
 
 
 def test_four_bit_integer_layers_really_hold_four_bits_and_are_half_of_eight() -> None:
@@ -131,6 +149,48 @@ def test_sparse_integers_are_decoded_exactly_and_smaller(weight: np.ndarray) -> 
     assert len(data) < q.nbytes * 0.8
 
 
+@pytest.mark.parametrize("precision", ["k4a32", "k2a32", "k3a32", "k6a32", "p4a32", "s4a32"])
+@pytest.mark.parametrize("weight", [WEIGHT, sparse(0.7), sparse(0.95), normal(7, 11)], ids=["dense", "70", "95", "odd"])
+def test_a_codebook_has_that_many_values_and_is_decoded_exactly(precision: str, weight: np.ndarray) -> None:
+    choice = parse_precision(precision)
+    indices, book = codebook(weight, choice.weight_bits, choice.levels)
+    data = to_bytes(lower(linear(weight), {"fc": choice}, {}, "minmax"))
+    (got,) = run(data, {"input": np.eye(weight.shape[1], dtype=np.float32)})
+    np.testing.assert_array_equal(got.T, book[indices])
+    assert 2 ** (choice.weight_bits - 1) < len(np.unique(got)) <= 2**choice.weight_bits
+    (stored,) = (t for t in onnx.load_from_string(data).graph.initializer if t.name == "fc.codebook")
+    assert tuple(stored.dims) == (len(book),)
+    assert (got.T[weight == 0] == 0).all()
+    assert len(data) < weight.size * choice.weight_bits / 8 * 1.1 + 3000
+
+
+@pytest.mark.parametrize("precision", ["k4a8", "p4a8", "s4a8", "k3a8", "k8a8"])
+@pytest.mark.parametrize("kernel_bits", [7, 8])
+def test_a_codebook_of_an_integer_layer_is_a_table_of_integers(
+    precision: str, kernel_bits: int, tmp_path: Path
+) -> None:
+    stats = seen(X, X @ WEIGHT.T)
+    choice = parse_precision(precision)
+    model = linear(WEIGHT, np.zeros(256, np.float32))
+    data = to_bytes(lower(model, {"fc": choice}, stats, "minmax", kernel_bits=kernel_bits))
+    constants = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
+    book = constants["fc.codebook"].astype(int)
+    assert constants["fc.codebook"].dtype == np.int8
+    assert 2 ** (kernel_bits - 2) <= np.abs(book).max() < 2 ** (kernel_bits - 1)
+    indices, table = codebook(WEIGHT, choice.weight_bits, choice.levels)
+    got = run_onnx(data, {"input": X}, optimise=False)[0]  # without kernels that overflow at 8 bits
+    assert sqnr_db(X @ table[indices].T, got) > 28
+    assert set(executed(data, tmp_path).values()) <= {"QGemm", "QuantizeLinear", "DequantizeLinear"}
+
+
+def test_k_means_is_nearer_than_even_steps_of_as_many_bits() -> None:
+    weight = np.random.default_rng(0).laplace(size=(256, 200)).astype(np.float32)
+    means, even = (
+        run(stored(linear(weight), kind), {"input": np.eye(200, dtype=np.float32)})[0].T for kind in ("k3a32", "w3a32")
+    )
+    assert ((means - weight) ** 2).mean() < 0.8 * ((even - weight) ** 2).mean()
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
 def test_what_would_not_be_smaller_is_not_stored_sparse(ratio: float) -> None:
     model = linear(WEIGHT)
@@ -150,6 +210,9 @@ def test_decoding_happens_once_while_the_file_is_loaded(tmp_path: Path) -> None:
         stored(linear(WEIGHT), "w4a32"),
         stored(linear(sparse(0.9)), "w8a32"),
         stored(linear(WEIGHT), "w16a32"),
+        stored(linear(WEIGHT), "w3a32"),
+        stored(linear(WEIGHT), "k4a32"),
+        stored(linear(sparse(0.9)), "k3a32"),
     ):
         assert set(executed(data, tmp_path).values()) <= {"Gemm", "FusedGemm", "MatMul"}
 
