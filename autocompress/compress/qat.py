@@ -30,7 +30,8 @@ class Aware:
     """A model in training for its bits: until `finish`, its layers round what they read and what they multiply with.
 
     Scales and ranges are parameters of the model and train with it, whatever trains it. Evaluating the model meanwhile
-    simulates the file that it will be. BatchNorm keeps its statistics: the weights that are rounded have them in them.
+    simulates the file that it will be. BatchNorm is absorbed first, where it can be, as the file has it; its statistics
+    and factors stay, its biases train.
 
     Attributes:
         model: what was given, changed in place.
@@ -58,12 +59,13 @@ class Aware:
             StageError: an activation is not finite on the calibration items.
         """
         self.model = model
-        self._material = material
         modules = {name: model.get_submodule(name) for name in layers}
         self.left_alone = {n: f"a {type(m).__name__} does not round" for n, m in modules.items() if not _can_round(m)}
         self._layers = {name: module for name, module in modules.items() if name not in self.left_alone}
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         model.eval()
+        sample = next(iter(material.calibration(2, 2)))[0]
+        absorb(model, lambda model: material.call(model, sample))
         integer = [name for name in self._layers if layers[name].kernel == "int8"]
         seen = _observe(model, integer, material)
         ranges: dict[tuple[str, int], Range] = {}
@@ -83,10 +85,7 @@ class Aware:
 
     @torch.no_grad()
     def finish(self) -> Learned:
-        """Put the weights on their values, take all that was added out of the model again, and tell what was learned.
-
-        BatchNorm goes into the weights where it can: scales are those of the weights as they are then.
-        """
+        """Put the weights on their values, take what was added out of the model again, and tell what was learned."""
         scales, inputs = {}, {}
         self.model.eval()
         for name, module in self._layers.items():
@@ -101,11 +100,7 @@ class Aware:
                 delattr(module, _INPUT)
         for module in (*self._layers.values(), *self._norms):
             del module.forward
-        before = {name: _largest(self._layers[name]) for name in scales}
-        sample = next(iter(self._material.calibration(2, 2)))[0]
-        absorb(self.model, lambda model: self._material.call(model, sample))
-        grown = {name: _largest(self._layers[name]) / before[name] for name in scales}
-        return Learned(scales={n: (s * grown[n]).astype(np.float32) for n, s in scales.items()}, inputs=inputs)
+        return Learned(scales=scales, inputs=inputs)
 
 
 def _can_round(module: nn.Module) -> bool:
@@ -114,21 +109,15 @@ def _can_round(module: nn.Module) -> bool:
     return type(module) in (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding)
 
 
-def _largest(module: nn.Module) -> NDArray[np.float64]:
-    """Largest magnitude of each output channel's weights, 1 for a channel of zeros."""
-    found = module.get_parameter("weight").detach().abs().flatten(1).amax(1).double().cpu().numpy()
-    largest: NDArray[np.float64] = np.where(found > 0, found, 1.0)
-    return largest
-
-
 def _replace_forward(module: nn.Module, forward: Callable[[Any, Tensor], Tensor]) -> None:
-    """Until the attribute is deleted. It is a method of the module, not a closure: a deep copy of a model has its own."""
+    """Until the attribute is deleted. A method of the module, not a closure: a deep copy of the model has its own."""
     vars(module)["forward"] = MethodType(forward, module)
 
 
 def _frozen_forward(self: Any, input: Tensor) -> Tensor:
-    """BatchNorm's, with the statistics it has."""
-    return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+    """BatchNorm's, with the statistics and factors it has."""
+    factor = None if self.weight is None else self.weight.detach()
+    return F.batch_norm(input, self.running_mean, self.running_var, factor, self.bias, eps=self.eps)
 
 
 def _rounding_forward(self: Any, input: Tensor) -> Tensor:
@@ -146,7 +135,7 @@ def _rounding_forward(self: Any, input: Tensor) -> Tensor:
 def _grid(module: nn.Module, choice: LayerChoice, scale: NDArray[np.float32] | None) -> Even | Book:
     weight = module.get_parameter("weight").detach().cpu().numpy()
     if choice.levels != "uniform":
-        table = codebook(weight, choice.weight_bits, choice.levels, 0)[1]
+        table = codebook(weight, choice.weight_bits, choice.levels)[1]
         return Book(table, moves=choice.levels == "kmeans")
     return Even(quantize_weight(weight, choice.weight_bits, 0)[1] if scale is None else scale, choice.weight_bits)
 

@@ -57,7 +57,8 @@ class Book(nn.Module):
             return _apply(_RoundToTable, weight, self.stretch.exp(), self.table)
         if self.training:
             self._follow(weight.detach())
-        return weight + (self.table[_nearest(weight.detach(), self.table)] - weight).detach()
+        exact = weight.detach()
+        return weight - exact + self.table[_nearest(exact, self.table)]
 
     def _follow(self, weight: Tensor) -> None:
         """One step of Lloyd's algorithm."""
@@ -126,7 +127,7 @@ class _RoundToTable(torch.autograd.Function):
         exact, rounded, scale, table = ctx.saved_tensors
         inside = grad * ((exact >= table[0]) & (exact <= table[-1]))
         to_scale = (grad * rounded - inside * exact).sum().view(1)
-        return inside, to_scale * _pace(exact.numel(), len(table) // 2, scale), None
+        return inside, to_scale * _pace(exact.numel(), max(1, len(table) // 2), scale), None
 
 
 class _RoundActivation(torch.autograd.Function):
@@ -172,7 +173,7 @@ def _pace(count: int, top: int, scale: Tensor) -> Tensor:
     Scales of weights whose norm is below about 1 move less: they would outweigh all else in a clipped gradient.
     """
     least = 1 / (top * float(count) ** 0.5)
-    return (scale.clamp_min(least).square() * float(count * top) ** 0.5).reciprocal()
+    return torch.reciprocal(scale.clamp_min(least).square() * float(count * top) ** 0.5)
 
 
 def _nearest(weight: Tensor, table: Tensor) -> Tensor:
