@@ -152,7 +152,7 @@ class OnnxFloat:
         if integer and self._profile.dialect == "uint8" and candidate.kernel_key not in self._checked:
             with watch("check"):
                 items = CHECKED_ITEMS if self._template.dynamic_batch else 1
-                check_optimised(data, _feeds(next(self._source.calibration(items))))
+                check_optimised(data, _feeds(next(self._source.calibration(items))), list(layers))
                 self._checked.add(candidate.kernel_key)
         return Lowered(data=data, options=_options(candidate, self._profile))
 

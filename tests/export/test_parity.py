@@ -1,3 +1,7 @@
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -5,8 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from autocompress.core.candidate import parse_precision
 from autocompress.core.errors import StageError
-from autocompress.export.parity import check_optimised, float_difference, run_onnx, sqnr_db
+from autocompress.export.graph import to_bytes
+from autocompress.export.parity import (
+    _giving,
+    _pairs,
+    check_optimised,
+    check_simulated,
+    first_below,
+    float_difference,
+    layer_sqnr,
+    run_onnx,
+    sqnr_db,
+)
+from tests.export.conftest import Exported, executed
+
+Get = Callable[[str], Exported]
 
 
 def model(*nodes: onnx.NodeProto) -> bytes:
@@ -54,6 +73,54 @@ def test_outputs_that_differ_with_optimisation_are_refused() -> None:
     with pytest.raises(StageError, match=r"optimised outputs disagree with its unoptimised ones: -?\d+\.\d dB"):
         check_optimised(rounded_twice(1.0, 0.01), feeds)
     assert check_optimised(rounded_twice(0.01, 0.01), feeds) > 30
+
+
+def test_each_layers_ratio_stands_in_order_and_falls_where_rounding_is_coarse(exported: Get, tmp_path: Path) -> None:
+    case = exported("residual")
+    plain, names = to_bytes(case.filled()), list(case.template.nodes)
+    fine = layer_sqnr(plain, case.lowered(case.uniform("w7a8")), case.feeds(), names)
+    assert list(fine) == [node.name for node in case.filled().graph if node.name in names]
+    assert min(fine.values()) > 25
+    coarse_data = case.lowered({**case.uniform("w7a8"), "conv2": parse_precision("w2a8")})
+    coarse = layer_sqnr(plain, coarse_data, case.feeds(), names)
+    before = list(fine)[: list(fine).index("conv2")]
+    assert [coarse[name] for name in before] == [fine[name] for name in before]
+    assert first_below(coarse, 22.0).startswith("; the first layer to differ is 'conv2', ")
+    assert first_below(fine, 22.0) == ""
+
+
+def test_layers_run_on_integers_while_they_are_looked_at(exported: Get, tmp_path: Path) -> None:
+    case = exported("residual")
+    data, names = case.lowered(case.uniform("w7a8")), list(case.template.nodes)
+    watched = _giving(data, [given for _, given in _pairs(data, data, names).values()])
+    found, seen = (
+        sorted(kind for kind in executed(file, tmp_path).values() if kind in ("QLinearConv", "QGemm"))
+        for file in (data, watched)
+    )
+    assert found == seen
+
+
+def test_a_file_that_is_not_what_was_simulated_is_refused_by_the_first_layer_that_differs(exported: Get) -> None:
+    case = exported("residual")
+    feeds, names = case.feeds(), list(case.template.nodes)
+    simulated = case.lowered(case.uniform("w7a8"))
+    wrong = case.lowered({**case.uniform("w2a2"), "conv": parse_precision("w7a8")})
+    by_layer = functools.partial(layer_sqnr, simulated, wrong, feeds, names)
+    message = r"not those that were simulated: -?\d+\.\d dB, at least 25 .*the first layer to differ is 'conv1'"
+    with pytest.raises(StageError, match=message) as caught:
+        check_simulated(run_onnx(simulated, feeds), run_onnx(wrong, feeds), by_layer, least_db=25)
+    assert caught.value.stage == "parity"
+    same = run_onnx(simulated, feeds, optimise=False)
+    assert check_simulated(same, run_onnx(simulated, feeds), lambda: {}) > 30
+
+
+def test_what_optimisation_breaks_is_blamed_on_its_layer() -> None:
+    feeds = {"input": np.full((2, 4), 0.4, np.float32)}
+    data = onnx.load_from_string(rounded_twice(1.0, 0.01))
+    data.graph.node[-1].output[0] = "rounded"
+    data.graph.node.append(helper.make_node("Neg", ["rounded"], ["output"], name="layer"))
+    with pytest.raises(StageError, match=r"the first layer to differ is 'layer', -?\d+\.\d dB"):
+        check_optimised(data.SerializeToString(), feeds, ["layer"])
 
 
 @given(st.floats(0.1, 1e3), st.floats(1e-4, 1.0))
