@@ -1,0 +1,113 @@
+"""Bias correction: what rounding weights does to the mean of each channel is taken off its bias.
+
+Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (2019), with means that are
+measured on calibration items.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress.compress.absorb import followers
+from autocompress.compress.cluster import codebook
+from autocompress.compress.material import Material
+from autocompress.compress.quantize import Learned, quantize_weight
+from autocompress.core.candidate import LayerChoice
+
+ITEMS = 128
+BATCH = 32
+
+
+def correct_bias(
+    model: nn.Module,
+    reference: nn.Module,
+    layers: Mapping[str, LayerChoice],
+    material: Material,
+    learned: Learned,
+) -> tuple[str, ...]:
+    """Correct the biases of `model` in place, layer by layer as they run, so that each sees those before corrected.
+
+    A layer's bias is its own, or that of the BatchNorm that reads it; one with neither is left alone.
+
+    Args:
+        model: whose weights will be rounded; those that lie on `learned` scales are.
+        reference: the same model in float, before anything was rounded.
+
+    Returns:
+        The names of the layers that were corrected.
+    """
+    batches = [batch for batch, _ in material.calibration(ITEMS, BATCH)]
+    after = followers(model, lambda m: material.call(m, batches[0]))
+    rounded = rounded_copy(model, layers, learned)
+    done = []
+    with torch.no_grad():
+        for name in _in_order(model, layers, lambda m: material.call(m, batches[0])):
+            holder = name if _bias(model, name) is not None else after.get(name, "")
+            if not holder or _bias(model, holder) is None:
+                continue
+            ends = [_mean(net, holder, batches, material) for net in (reference, rounded)]
+            for net in (model, rounded):
+                bias = _bias(net, holder)
+                assert bias is not None
+                bias.add_(ends[0] - ends[1])
+            done.append(name)
+    return tuple(done)
+
+
+def rounded_copy(model: nn.Module, layers: Mapping[str, LayerChoice], learned: Learned) -> nn.Module:
+    """A copy with the weights that the file will have, as far as `layers` tell."""
+    rounded = copy.deepcopy(model)
+    for name, choice in layers.items():
+        weight = rounded.get_submodule(name).get_parameter("weight")
+        if choice.weight_bits > 8 or name in learned.scales:
+            continue
+        array = weight.detach().numpy()
+        if choice.levels == "uniform":
+            q, scale = quantize_weight(array, choice.weight_bits, 0)
+            array = q * scale.reshape(-1, *[1] * (array.ndim - 1))
+        else:
+            which, table = codebook(array, choice.weight_bits, choice.levels)
+            array = table[which]
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(np.asarray(array, np.float32)))
+    return rounded
+
+
+def _in_order(model: nn.Module, layers: Mapping[str, LayerChoice], call: Any) -> list[str]:
+    """Convolutions and linear layers among `layers`, as they run."""
+    seen: list[str] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+        for name in layers
+        if isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d | nn.Linear)
+    ]
+    with torch.no_grad():
+        call(model)
+    for handle in handles:
+        handle.remove()
+    return list(dict.fromkeys(seen))
+
+
+def _bias(model: nn.Module, name: str) -> Tensor | None:
+    bias = getattr(model.get_submodule(name), "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _mean(model: nn.Module, name: str, batches: list[dict[str, Tensor]], material: Material) -> Tensor:
+    """The mean of each channel that a module gives."""
+    module = model.get_submodule(name)
+    total: list[Tensor] = []
+
+    def look(_: nn.Module, __: Any, output: Tensor) -> None:
+        by_channel = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
+        total.append(by_channel.flatten(0, -2).mean(0))
+
+    handle = module.register_forward_hook(look)
+    for batch in batches:
+        material.call(model, batch)
+    handle.remove()
+    return torch.stack(total).mean(0)
