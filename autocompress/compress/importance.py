@@ -1,24 +1,21 @@
 """What matters most: in which order a group's channels are kept, and how much the loss feels each weight."""
 
 import copy
-from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from autocompress.compress.material import Material
+from autocompress.compress.material import Batch, Material
 from autocompress.compress.outputs import outputs_of
-from autocompress.compress.width import ChannelGroup, Cut
+from autocompress.compress.width import ChannelGroup
 from autocompress.core.recipe import Importance
 
 ITEMS = 256  # calibration items that gradients and activations are looked at on
-BATCH = 16  # items whose gradients are added before they are squared
-_BatchNorm = nn.modules.batchnorm._BatchNorm
+BATCH = 16  # items a forward
+Look = Callable[[str, nn.Module, Tensor], Tensor | None]
 
 
 def ranked(
@@ -28,20 +25,22 @@ def ranked(
 
     - "magnitude": the order they have, by the L2 norm of all coupled weights.
     - "batchnorm": the sum of |γ| over the group's BatchNorms (Liu et al., Network Slimming, 2017).
-    - "taylor": the sum over all coupled weights w of (w·∂L/∂w)², see `taylor` (Molchanov et al., 2019).
-    - "activation": the mean of |x| over calibration items and places, x as the layers that read the group see it,
-      that is after normalisation and activation function (compare Molchanov et al., 2017).
+    - "taylor": how much the outputs change to first order without the channel: the sum over calibration items of
+      (x·∂L/∂x)², x the channel as the layers that read it see it (Molchanov et al., Importance Estimation, 2019).
+      L is the outputs' squared norm: the task's loss has next to no gradient on items that a model has learned.
+    - "activation": the variance of x times the squared weights that read it, which is what of the next layers'
+      outputs goes with the channel and no constant makes up for (An et al., FLAP, 2024).
 
     A group that has nothing of the kind (no BatchNorm, no layer that reads it) keeps its order.
     """
     if importance == "magnitude":
         return tuple(groups)
+    if importance == "batchnorm":
+        return _ordered(groups, _scales(model), is_input=False)
     if importance == "activation":
-        seen = _activations(model, groups, material)
-        return tuple(_reordered(group, _heard(group, seen)) for group in groups)
-    scores = _scales(model) if importance == "batchnorm" else _as_weights(model, taylor(model, material))
-    power = 1 if importance == "batchnorm" else 2
-    return tuple(_reordered(group, _coupled(scores, group, power)) for group in groups)
+        return _ordered(groups, _variances(model, groups, material), is_input=True)
+    felt = _felt(model, groups, material)
+    return tuple(_reordered(group, score) for group, score in zip(groups, felt, strict=True))
 
 
 def taylor(model: nn.Module, material: Material) -> dict[str, Tensor]:
@@ -59,7 +58,7 @@ def taylor(model: nn.Module, material: Material) -> dict[str, Tensor]:
         if material.loss is not None and targets is not None:
             loss = material.loss(output, targets)
         else:
-            loss = torch.stack([out.square().sum() / len(out) for out in outputs_of(output)]).sum()
+            loss = _squared(output) / BATCH
         slopes = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for (name, p), slope in zip(parameters.items(), slopes, strict=True):
             if slope is not None:
@@ -67,74 +66,110 @@ def taylor(model: nn.Module, material: Material) -> dict[str, Tensor]:
     return {name: found.sqrt_() for name, found in total.items()}
 
 
-def _scales(model: nn.Module) -> nn.Module:
-    """A copy in which all but BatchNorm's γ is zero."""
-    gammas = {
-        f"{name}.weight": module.weight.detach()
+def _squared(output: Any) -> Tensor:
+    return torch.stack([out.square().sum() for out in outputs_of(output)]).sum()
+
+
+def _scales(model: nn.Module) -> dict[str, Tensor]:
+    """BatchNorm's |γ|, by module."""
+    return {
+        name: module.weight.detach().abs()
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.affine
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine
     }
-    zero = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    return _as_weights(model, {**zero, **gammas})
 
 
-def _as_weights(model: nn.Module, scores: dict[str, Tensor]) -> nn.Module:
-    """A copy with `scores` in the place of its parameters."""
-    model = copy.deepcopy(model)
-    model.load_state_dict(scores, strict=False)
-    return model
+def _variances(model: nn.Module, groups: Sequence[ChannelGroup], material: Material) -> dict[str, Tensor]:
+    """The variance of each input channel over items and places times the squared weights that read it, by layer."""
+    sums: dict[str, Tensor] = {}
 
+    def look(name: str, _: nn.Module, x: Tensor) -> None:
+        rows = x.double().movedim(1, -1).flatten(0, -2)
+        ones = torch.ones_like(rows[0])
+        sums[name] = sums.get(name, 0) + torch.stack([len(rows) * ones, rows.sum(0), rows.square().sum(0)])
 
-class _Item(namedtuple("_Item", ("dep", "idxs"))):
-    """One module of a group as torch-pruning's importances read it."""
-
-    root_idxs: list[int]
-
-
-def _coupled(scores: nn.Module, group: ChannelGroup, power: int) -> Tensor:
-    """The sum of |score|^power over what is cut with each channel, `[width]`."""
-    items = []
-    for cut in group.cuts:
-        item = _Item(SimpleNamespace(layer=scores.get_submodule(cut.module), pruning_fn=cut.prune), list(cut.index))
-        item.root_idxs = list(cut.root)
-        items.append(item)
-    measure = tp.importance.GroupMagnitudeImportance(p=power, normalizer=None)
-    found: Tensor = measure(items)
-    return found
-
-
-def _activations(model: nn.Module, groups: Sequence[ChannelGroup], material: Material) -> dict[str, Tensor]:
-    """The mean |input| of each channel, by layer that reads a group."""
-    model = copy.deepcopy(model).eval()
-    names = {cut.module for group in groups for cut in group.cuts if _reads(model, cut)}
-    total: dict[str, Tensor] = {}
-
-    def look(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].abs().double()
-        by_channel = x.flatten(0, -2) if isinstance(module, nn.Linear) else x.movedim(1, -1).flatten(0, -2)
-        total[name] = total.get(name, torch.zeros(())) + by_channel.mean(0) * len(inputs[0])
-
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(lambda m, inputs, name=name: look(name, m, inputs))
+    model = _heard(model, groups, look)
     with torch.no_grad():
         for batch, _ in material.calibration(ITEMS, BATCH):
             material.call(model, batch)
+    found = {}
+    for name, (count, first, second) in sums.items():
+        layer: Any = model.get_submodule(name)
+        weight = layer.weight.detach().double().reshape(getattr(layer, "groups", 1), -1, *layer.weight.shape[1:])
+        read = weight.flatten(3).square().sum((1, 3)) if weight.ndim > 3 else weight.square().sum(1)
+        found[name] = (second / count - (first / count).square()) * read.flatten()
+    return found
+
+
+def _felt(model: nn.Module, groups: Sequence[ChannelGroup], material: Material) -> list[Tensor]:
+    """For each group the sum over items of (x·∂L/∂x)², `[width]`; all layers that read a channel count together."""
+    heard: list[tuple[str, Tensor]] = []
+
+    def look(name: str, _: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone() if x.requires_grad else x.clone().requires_grad_(True)
+        heard.append((name, x))
+        return x
+
+    model = _heard(model, groups, look)
+    total = [torch.zeros(group.width, dtype=torch.float64) for group in groups]
+    for batch, _ in material.calibration(ITEMS, BATCH):
+        heard.clear()
+        loss = _squared(material.call(model, batch))
+        slopes = torch.autograd.grad(loss, [x for _, x in heard], allow_unused=True)
+        found: dict[str, Tensor] = {}
+        for (name, x), slope in zip(heard, slopes, strict=True):
+            if slope is not None:
+                found[name] = found.get(name, 0) + _by_item((x.detach() * slope).flatten(2).sum(2), batch)
+        for score, group in zip(total, groups, strict=True):
+            score += _gathered(group, found, is_input=True).square().sum(0)
     return total
 
 
-def _reads(model: nn.Module, cut: Cut) -> bool:
-    return cut.is_input and isinstance(model.get_submodule(cut.module), nn.Conv1d | nn.Conv2d | nn.Linear)
+def _by_item(rows: Tensor, batch: Batch) -> Tensor:
+    """Rows that are parts of items (windows of an image) added up; all of them where they are something else."""
+    items = len(next(iter(batch.values())))
+    return rows.view(items, -1, rows.shape[1]).sum(1) if len(rows) % items == 0 else rows.sum(0, keepdim=True)
 
 
-def _heard(group: ChannelGroup, seen: dict[str, Tensor]) -> Tensor:
-    score = torch.zeros(group.width, dtype=torch.float64)
+def _heard(model: nn.Module, groups: Sequence[ChannelGroup], look: Look) -> nn.Module:
+    """A copy in eval mode in which `look` sees what each layer that reads a group gets, channels on axis 1.
+
+    What it gives back is read instead.
+    """
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+
+    def hook(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not inputs:  # it was given by name
+            return inputs
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        x = inputs[0].movedim(axis, 1)
+        other = look(name, layer, x if x.ndim > 2 else x[:, :, None])
+        return inputs if other is None else (other.reshape(x.shape).movedim(1, axis), *inputs[1:])
+
+    for name in {cut.module for group in groups for cut in group.cuts if cut.is_input}:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+            layer.register_forward_pre_hook(lambda m, inputs, name=name: hook(name, m, inputs))
+    return model
+
+
+def _gathered(group: ChannelGroup, found: Mapping[str, Tensor], *, is_input: bool) -> Tensor:
+    """What modules say of their channels added up for the group's: `[…, channels]` to `[…, width]`."""
+    score = torch.zeros((), dtype=torch.float64)
     for cut in group.cuts:
-        if cut.is_input and cut.module in seen:
-            score.index_add_(0, torch.tensor(cut.root), seen[cut.module][list(cut.index)])
+        if cut.is_input == is_input and cut.module in found:
+            said = found[cut.module][..., list(cut.index)].double()
+            score = score + said.new_zeros(*said.shape[:-1], group.width).index_add_(-1, torch.tensor(cut.root), said)
     return score
+
+
+def _ordered(
+    groups: Sequence[ChannelGroup], found: Mapping[str, Tensor], *, is_input: bool
+) -> tuple[ChannelGroup, ...]:
+    return tuple(_reordered(group, _gathered(group, found, is_input=is_input)) for group in groups)
 
 
 def _reordered(group: ChannelGroup, score: Tensor) -> ChannelGroup:
     """By falling score, equal ones as they were."""
-    by_place = score.double().view(group.partitions, -1).sum(0)
+    by_place = score.expand(group.width).reshape(group.partitions, -1).sum(0)
     return replace(group, order=tuple(sorted(group.order, key=lambda i: -float(by_place[i]))))
