@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ class Setting:
     anatomy: Anatomy
     material: Material
     reference: Callable[[], float]
-    dialect: str = "uint8"
+    dialect: Literal["uint8", "int8"] = "uint8"
     progress: Callable[[str, int, int, float], None] = lambda *_: None
     cache: Path | None = None
     _ranked: dict[Importance, Anatomy] = field(init=False, default_factory=dict, repr=False, compare=False)
@@ -183,9 +184,6 @@ class _Pipeline:
         if aware is not None:
             state.learned = aware.finish()
             hold(state.model, state.masks)
-        if stage.quantize is not None and stage.quantize.correct_bias:
-            with self._watch("quantize"):
-                self._correct(state)
 
     def _prune(self, state: _State, how: Prune, part: float) -> None:
         """Cut to `part` of the way; single weights too, unless they go while the stage trains."""
@@ -220,13 +218,14 @@ class _Pipeline:
         sample = _first(material)
         absorb(state.model, lambda model: material.call(model, sample))
         if how.equalize:
-            groups = self._setting.anatomy.groups
-            equalize(state.model, groups, lambda model: material.call(model, sample))
-            hold(state.model, state.masks)
+            equalize(state.model, lambda model: material.call(model, sample))
+        reference = copy.deepcopy(state.model)
         if how.rounding == "adaround":
             fine = {n: c for n, c in wanted.items() if c.weight_bits <= 4 and c.levels == "uniform"}
-            scales = adaround(state.model, copy.deepcopy(state.model), fine, material, self._seed)
+            scales = adaround(state.model, reference, fine, material, self._seed)
             state.learned = replace(state.learned, scales={**state.learned.scales, **scales})
+        if how.correct_bias:
+            correct_bias(state.model, reference, wanted, material, state.learned)
         if not how.aware:
             return None
         return Aware(
@@ -237,10 +236,6 @@ class _Pipeline:
             dialect=self._setting.dialect,
             calibrator=self._candidate.recipe.calibrator,
         )
-
-    def _correct(self, state: _State) -> None:
-        wanted = {n: c for n, c in choices(state.model, self._candidate).items() if c.weight_bits <= 8}
-        correct_bias(state.model, wanted, self._material, state.learned)
 
     def _teaches(self, state: _State, how: Train, aware: bool) -> bool:
         """Whether training has something to change: not where a copy of the original is taught by the original."""

@@ -32,9 +32,10 @@ def equalize(model: nn.Module, call: Call) -> tuple[str, ...]:
     """
     names = {name for name, module in model.named_modules() if isinstance(module, _LAYERS)}
     done = []
+    groups, _ = channel_groups(model, call, names)
     with torch.no_grad():
         wanted = outputs_of(call(model))
-        for group in channel_groups(model, call, names)[0]:
+        for group in groups:
             before = {name: value.clone() for name, value in model.state_dict().items()}
             if not _scale(model, group):
                 continue
@@ -59,7 +60,7 @@ def _scale(model: nn.Module, group: ChannelGroup) -> bool:
             continue
         rows = module.weight.detach().transpose(0, 1) if cut.is_input else module.weight.detach()
         largest = rows.abs().flatten(1).amax(1)[list(cut.index)]
-        (read if cut.is_input else given).index_reduce_(0, torch.tensor(cut.root), largest, "amax")
+        (read if cut.is_input else given).scatter_reduce_(0, torch.tensor(cut.root), largest, "amax")
     if not (bool((given > 0).any()) and bool((read > 0).any())):
         return False
     # Both ranges become √(given · read); silent channels stay as they are.
