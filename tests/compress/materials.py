@@ -6,15 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from autocompress.compress.material import Material
-from autocompress.compress.width import ChannelGroup
 from tests.compress.conftest import Described
 
 Items = Iterator[tuple[dict[str, Tensor], Any]]
-
-
-def groups_of(case: Described) -> tuple[ChannelGroup, ...]:
-    """The coupled channels of a case."""
-    return case.anatomy.groups
 
 
 def of_case(case: Described, **more: Any) -> Material:

@@ -13,7 +13,7 @@ from autocompress.core.recipe import Importance
 from autocompress.tasks import digits
 from tests import nets
 from tests.compress.conftest import Described, same, state_of
-from tests.compress.materials import groups_of, of_case, of_tensors
+from tests.compress.materials import of_case, of_tensors
 from tests.nets import CASES
 
 Get = Callable[[str], Described]
@@ -25,7 +25,7 @@ def named(groups: tuple[ChannelGroup, ...], name: str) -> ChannelGroup:
 
 
 def order(net: nn.Module, case: Described, name: str, importance: Importance) -> list[int]:
-    return list(named(ranked(net, groups_of(case), importance, of_case(case)), name).order)
+    return list(named(ranked(net, case.groups, importance, of_case(case)), name).order)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -35,17 +35,17 @@ def test_the_same_channels_in_another_order_and_the_model_as_it_was(
 ) -> None:
     case = described(name)
     before = state_of(case.net)
-    found = ranked(case.net, groups_of(case), importance, of_case(case))
+    found = ranked(case.net, case.groups, importance, of_case(case))
     assert same(case.net.state_dict(), before)
-    assert [g.name for g in found] == [g.name for g in groups_of(case)]
-    for old, new in zip(groups_of(case), found, strict=True):
+    assert [g.name for g in found] == [g.name for g in case.groups]
+    for old, new in zip(case.groups, found, strict=True):
         assert sorted(new.order) == sorted(old.order)
         assert (new.width, new.partitions, new.cuts) == (old.width, old.partitions, old.cuts)
 
 
 def test_by_magnitude_groups_stay_as_they_are(described: Get) -> None:
     case = described("residual")
-    assert ranked(case.net, groups_of(case), "magnitude", of_case(case)) == tuple(groups_of(case))
+    assert ranked(case.net, case.groups, "magnitude", of_case(case)) == tuple(case.groups)
 
 
 def test_by_batchnorm_the_largest_scales_come_first_whatever_their_sign(described: Get) -> None:
@@ -65,7 +65,7 @@ def test_scales_of_batchnorms_that_are_added_count_together(described: Get) -> N
 
 def test_a_group_without_batchnorm_keeps_its_order(described: Get) -> None:
     case = described("flat")
-    assert tuple(order(case.net, case, "conv", "batchnorm")) == named(groups_of(case), "conv").order
+    assert tuple(order(case.net, case, "conv", "batchnorm")) == named(case.groups, "conv").order
 
 
 def test_a_channel_that_nothing_listens_to_is_the_first_by_magnitude_and_the_last_by_taylor(described: Get) -> None:

@@ -13,7 +13,7 @@ from autocompress.compress.width import ChannelGroup, channel_groups, cut_widths
 from autocompress.tasks import digits
 from tests import nets
 from tests.compress.conftest import Described, same, state_of
-from tests.compress.materials import groups_of, of_case, of_tensors
+from tests.compress.materials import of_case, of_tensors
 from tests.nets import CASES
 
 Get = Callable[[str], Described]
@@ -53,10 +53,10 @@ def test_a_layers_weights_times_what_it_reads_is_what_it_gives(name: str) -> Non
 @pytest.mark.parametrize("name", CASES)
 def test_no_layer_of_a_cut_model_gets_worse_and_its_shapes_stay(described: Get, name: str) -> None:
     case = described(name)
-    widths = halves(groups_of(case))
-    cut = cut_widths(case.net, groups_of(case), widths)
+    widths = halves(case.groups)
+    cut = cut_widths(case.net, case.groups, widths)
     before, shapes = state_of(cut), [p.shape for p in cut.parameters()]
-    errors = reconstruct(cut, case.net, groups_of(case), widths, of_case(case))
+    errors = reconstruct(cut, case.net, case.groups, widths, of_case(case))
     assert [p.shape for p in cut.parameters()] == shapes
     assert errors
     assert all(after <= first for first, after in errors.values())
