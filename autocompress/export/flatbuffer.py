@@ -64,6 +64,27 @@ class Flatbuffer:
         """Whether a tensor's value stands in the file."""
         return self._model.buffers[self._graph.tensors[tensor].buffer].data is not None
 
+    def scales(self, tensor: int) -> tuple[NDArray[np.float32], int]:
+        """Scales of an integer tensor, and the axis that they are along; an empty array for one without."""
+        found = self._graph.tensors[tensor].quantization
+        none = found is None or found.scale is None
+        return np.array([] if none else found.scale, np.float32), 0 if none else int(found.quantizedDimension)
+
+    def put(self, tensor: int, q: NDArray[Any], scale: NDArray[np.floating[Any]]) -> None:
+        """Give a constant integer tensor these values in its own type, of these scales."""
+        flat = q.reshape(-1)
+        if self.dtype(tensor) == "INT4":  # two to a byte, the first one low
+            low, high = np.append(flat, np.zeros(flat.size % 2)).astype(np.uint8).reshape(-1, 2).T
+            raw = (low & 15) | (high << 4)
+        else:
+            raw = np.ascontiguousarray(flat.astype(_DTYPES[self.dtype(tensor)])).view(np.uint8)
+        mine = self._graph.tensors[tensor]
+        if sum(other.buffer == mine.buffer for other in self._graph.tensors) > 1:  # equal constants share theirs
+            self._model.buffers.append(self._schema.BufferT())
+            mine.buffer = len(self._model.buffers) - 1
+        self._model.buffers[mine.buffer].data = raw
+        mine.quantization.scale = scale.astype(np.float32)
+
     def rename(self, names: Mapping[int, str]) -> None:
         """Name these tensors so, and every other one such that no two have the same name."""
         taken = set(names.values())

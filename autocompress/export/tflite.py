@@ -25,7 +25,16 @@ from autocompress.export.exporter import Batch, Lowered, Source, Watch
 from autocompress.export.flatbuffer import Flatbuffer
 from autocompress.export.parity import FLOAT_TOLERANCE, float_difference
 from autocompress.export.tflite_layers import find_layers, weights_of
-from autocompress.export.tflite_quantize import check_types, joins, quantized, quiet, vendor_quantized
+from autocompress.export.tflite_quantize import (
+    check_choices,
+    check_types,
+    joins,
+    learned_spans,
+    quantized,
+    quiet,
+    vendor_quantized,
+    with_scales,
+)
 
 _STRIDE = 61
 _SAMPLES = 1 << 16
@@ -117,13 +126,14 @@ class TfliteFloat:
             raise StageError("export", f"layer {name!r} of the compressed model: {_UNMAPPED}")
         if not any(choice.precision != "fp32" for choice in layers.values()):
             return Lowered(data=self._data)
+        check_choices(layers)
         if static and self._stats is None:
             with watch("calibrate"):
                 self._stats = collect_stats(self._data, self._source)
         with watch("export"):
-            calibrator = candidate.recipe.calibrator
-            ranges = {n: _range(n, s, calibrator) for n, s in (self._stats or {}).items()} if static else None
+            ranges = self._ranges(static, candidate.recipe.calibrator) if static else None
             data = quantized(self._data, self._recipe(layers, static), ranges)
+            data = with_scales(data, self._read, layers, self._learned.scales)
             check_types(data, layers)
         return Lowered(data=data)
 
@@ -132,6 +142,15 @@ class TfliteFloat:
         with watch("export"):
             items = [_feeds(batch, self._read) for batch in self._source.calibration(1)]
             return Lowered(data=vendor_quantized(self._data, items))
+
+    def _ranges(self, static: set[str], calibrator: Calibrator) -> dict[str, Any]:
+        """What the quantizer takes for the tensors' ranges: learned ones, else those that calibration saw."""
+        found = {name: _calibrated(name, stats, calibrator) for name, stats in (self._stats or {}).items()}
+        found |= learned_spans(self._read, static, self._learned.inputs)
+        return {
+            name: {"min": np.array([low], np.float32), "max": np.array([high], np.float32)}
+            for name, (low, high) in found.items()
+        }
 
     def _recipe(self, layers: Mapping[str, LayerChoice], static: set[str]) -> "list[tuple[str, str, LayerChoice]]":
         """Tensor name, kind of operator, and choice, for layers and for what joins integer ones."""
@@ -170,14 +189,11 @@ def _thin(sample: NDArray[Any]) -> NDArray[Any]:
     return sample[:: max(1, len(sample) // _SAMPLES)]
 
 
-def _range(name: str, stats: ActivationStats, calibrator: Calibrator) -> dict[str, Any]:
-    """What the quantizer takes for a tensor's range."""
+def _calibrated(name: str, stats: ActivationStats, calibrator: Calibrator) -> tuple[float, float]:
+    """Lowest and highest value that the integers of a tensor stand for."""
     found = activation_scale(stats, calibrator, name)
     low = -found.zero_point * found.scale
-    return {
-        "min": np.array([low], np.float32).reshape(1),
-        "max": np.array([low + 255 * found.scale], np.float32).reshape(1),
-    }
+    return low, low + 255 * found.scale
 
 
 def _named(data: bytes, model: nn.Module, layers: Sequence[str], source: Source) -> tuple[bytes, dict[str, str]]:

@@ -7,9 +7,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.candidate import LayerChoice
@@ -17,10 +18,13 @@ from autocompress.core.errors import StageError
 from autocompress.core.extras import require
 from autocompress.export.flatbuffer import Flatbuffer, Op
 from autocompress.export.tflite_layers import WEIGHTED
+from autocompress.export.weights import on_grid
 
 JOINS = {
     "ADD", "MUL", "CONCATENATION", "AVERAGE_POOL_2D", "MAX_POOL_2D", "MEAN", "RESHAPE", "TRANSPOSE", "PAD",
 }  # fmt: skip
+KEEPS = {"MAX_POOL_2D", "RESHAPE", "TRANSPOSE", "PAD"}  # the quantizer gives their output the range of their input
+_MOST = 2.0**31 - 1
 
 
 def joins(graph: Flatbuffer, layers: set[str]) -> list[Op]:
@@ -60,6 +64,75 @@ def quantized(data: bytes, recipe: "list[tuple[str, str, LayerChoice]]", ranges:
             return _sound(bytes(tool.quantize(ranges, enable_progress_report=False).quantized_model))
         except Exception as error:  # a tool of many layers; what it raises is the answer
             raise StageError("export", f"litert-quantizer fails: {type(error).__name__}: {error}") from error
+
+
+def learned_spans(
+    graph: Flatbuffer, layers: Collection[str], inputs: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Learned lowest and highest values by tensor, of what these layers read.
+
+    Of several for one tensor the first layer's holds. What only moves values has its output's range.
+    """
+    spans: dict[int, tuple[float, float]] = {}
+    ops = list(graph.ops())
+    for op in ops:
+        if (name := graph.name(op.outputs[0])) in layers and name in inputs and op.kind in WEIGHTED:
+            spans.setdefault(op.inputs[0], inputs[name])
+    for op in reversed(ops):
+        if op.kind in KEEPS and op.outputs[0] in spans:
+            spans.setdefault(op.inputs[0], spans[op.outputs[0]])
+    return {graph.name(tensor): span for tensor, span in spans.items()}
+
+
+def with_scales(
+    data: bytes, exact: Flatbuffer, layers: Mapping[str, LayerChoice], scales: Mapping[str, NDArray[np.float32]]
+) -> bytes:
+    """The quantized file with the integers, scales and biases of weights that lie on learned scales in `exact`.
+
+    The quantizer takes a scale from the largest weight, which on a learned grid need not be the largest integer.
+    """
+    graph = Flatbuffer(data)
+    plain = {exact.name(op.outputs[0]): op for op in exact.ops() if op.kind in WEIGHTED}
+    changed = False
+    for name, (op, tensor) in _weights(graph).items():
+        if name not in layers or name not in scales or graph.dtype(tensor) not in ("INT8", "INT4"):
+            continue
+        axis, learned = graph.scales(tensor)[1], scales[name]
+        weight, *biases = (exact.constant(i) for i in plain[name].inputs[1:])
+        q = None if weight is None else on_grid(weight, layers[name].weight_bits, axis, learned)
+        if q is None:
+            continue
+        changed = True
+        graph.put(tensor, q, learned)
+        if biases and biases[0] is not None and graph.dtype(op.inputs[2]) == "INT32":
+            step = learned.astype(np.float64) * graph.scales(op.inputs[0])[0][0]
+            graph.put(op.inputs[2], np.rint(np.clip(biases[0] / step, -_MOST, _MOST)), step)
+    return graph.data() if changed else data
+
+
+def _weights(graph: Flatbuffer) -> dict[str, tuple[Op, int]]:
+    """By layer of a quantized file, its operator and the tensor that its weight is stored in."""
+    makers = {index: op for op in graph.ops() for index in op.outputs}
+    found = {}
+    for op in graph.ops():
+        if op.kind in WEIGHTED:
+            weight = op.inputs[1]
+            if weight in makers and makers[weight].kind == "DEQUANTIZE":
+                weight = makers[weight].inputs[0]
+            found[_layer(graph.name(op.outputs[0]))] = (op, weight)
+    return found
+
+
+def check_choices(layers: Mapping[str, LayerChoice]) -> None:
+    """Raise StageError for what the format has no form of."""
+    for name, choice in layers.items():
+        if choice.levels != "uniform":
+            why = f"has no codebooks: choose w8 or w4 for layer {name!r}, or a target of ONNX Runtime"
+        elif choice.activation_bits < 8:
+            why = f"has activations of 8 bits: choose a8 or a32 for layer {name!r}"
+        else:
+            continue
+        raise StageError("export", f"LiteRT has no {choice.precision}; it {why}")
 
 
 def vendor_quantized(data: bytes, items: Sequence[Mapping[str, NDArray[Any]]]) -> bytes:
@@ -121,16 +194,12 @@ def _configure(tool: Any, regex: str, kind: str, choice: LayerChoice) -> None:
 def check_types(data: bytes, layers: Mapping[str, LayerChoice]) -> None:
     """Raise StageError unless each layer's weight is stored, and its input given, in the type that was chosen."""
     graph = Flatbuffer(data)
-    makers = {index: op for op in graph.ops() for index in op.outputs}
-    named = {_layer(graph.name(op.outputs[0])): op for op in graph.ops() if op.kind in WEIGHTED}
+    weights = _weights(graph)
     for name, choice in layers.items():
-        if name not in named:
+        if name not in weights:
             raise StageError("export", f"layer {name!r} is not in the quantized file")
-        op = named[name]
-        table = op.kind == "EMBEDDING_LOOKUP"
-        weight, read = op.inputs[1], op.inputs[0]
-        if weight in makers and makers[weight].kind == "DEQUANTIZE":
-            weight = makers[weight].inputs[0]
+        op, weight = weights[name]
+        table, read = op.kind == "EMBEDDING_LOOKUP", op.inputs[0]
         stored = {32: "FLOAT32", 16: "FLOAT16", 8: "INT8", 4: "INT4"}.get(choice.weight_bits, "none")
         fed = "INT8" if choice.kernel == "int8" else "FLOAT32"
         got = (graph.dtype(weight), graph.dtype(read))

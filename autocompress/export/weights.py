@@ -20,13 +20,22 @@ def round_weight(
     weight: NDArray[np.float32], bits: int, axis: int, learned: Scales | None
 ) -> tuple[NDArray[np.int8], Scales]:
     """Integers and a scale for each index of `axis`: exactly what was learned where the weights lie on that grid."""
-    if learned is not None and learned.shape == (weight.shape[axis],):
-        scale = np.maximum(learned, _SMALLEST_SCALE).astype(np.float32)
-        exact = weight / _along(scale, weight.ndim, axis)
-        q = np.rint(exact)
-        if np.abs(q).max(initial=0) < 2 ** (bits - 1) and np.abs(exact - q).max(initial=0) < _OFF_GRID:
-            return q.astype(np.int8), scale
-    return quantize_weight(weight, bits, axis)
+    q = None if learned is None else on_grid(weight, bits, axis, learned)
+    if q is None or learned is None:
+        return quantize_weight(weight, bits, axis)
+    return q, np.maximum(learned, _SMALLEST_SCALE).astype(np.float32)
+
+
+def on_grid(weight: NDArray[np.float32], bits: int, axis: int, scale: Scales) -> NDArray[np.int8] | None:
+    """The integers of `bits` bits that weights are multiples of `scale` by, along `axis`; None where they are not."""
+    if scale.shape != (weight.shape[axis],):
+        return None
+    exact = weight / _along(np.maximum(scale, _SMALLEST_SCALE), weight.ndim, axis)
+    q = np.rint(exact)
+    if np.abs(q).max(initial=0) >= 2 ** (bits - 1) or np.abs(exact - q).max(initial=0) > _OFF_GRID:
+        return None
+    integers: NDArray[np.int8] = q.astype(np.int8)
+    return integers
 
 
 def put_integers(

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autocompress.compress.absorb import absorb
 from autocompress.compress.layers import describe
+from autocompress.compress.quantize import Learned
 from autocompress.config import load_profile
 from autocompress.core.candidate import Candidate, LayerChoice, parse_precision
 from autocompress.core.errors import StageError
@@ -20,7 +23,7 @@ from autocompress.export.flatbuffer import Flatbuffer
 from autocompress.export.parity import sqnr_db
 from autocompress.export.tflite import TfliteExporter
 from autocompress.export.tflite_layers import find_layers
-from autocompress.export.tflite_quantize import check_types, joins
+from autocompress.export.tflite_quantize import _weights, check_types, joins
 from tests import nets
 from tests.export.conftest import OUTPUTS
 from tests.nets import seeded
@@ -52,7 +55,7 @@ class Case:
         structure, _ = describe(self.net, lambda model: call(model, self.inputs()))
         self.layers = [layer.name for layer in structure.layers]
         self.exporter = TfliteExporter(self.net, self.layers, self.source, PROFILE)
-        self.float = self.exporter.convert(self.net, "", lambda _: nullcontext())
+        self.float = self.exporter.convert(self.net, "", lambda _: nullcontext(), Learned())
 
     def lowered(self, layers: Mapping[str, LayerChoice]) -> bytes:
         return self.float.lower(Candidate(layers=layers), lambda _: nullcontext()).data
@@ -150,6 +153,79 @@ def test_calibrators_give_different_files(case: Get) -> None:
     assert len(files) == 3
 
 
+class OnGrid:
+    """A network with its weights on integers that do not fill their range: 4 bits in linear layers, 8 in others."""
+
+    INPUTS: Mapping[str, tuple[float, float]] = {"conv1": (0.0, 2.55), "fc": (-0.51, 2.04)}
+
+    def __init__(self, made: Case) -> None:
+        self.net = copy.deepcopy(made.net)
+        absorb(self.net, lambda model: made.source.run(model, made.inputs(2)))
+        self.choices, self.integers, self.scales = {}, {}, {}
+        for name in made.layers:
+            module = self.net.get_submodule(name)
+            bits = 4 if isinstance(module, nn.Linear) else 8
+            weight = module.get_parameter("weight")
+            scale = weight.detach().abs().flatten(1).amax(1) / (0.6 * (2 ** (bits - 1) - 1))
+            each = scale.view(-1, *[1] * (weight.ndim - 1))
+            q = (weight.detach() / each).round()
+            weight.data = q * each
+            self.choices[name] = parse_precision(f"w{bits}a8")
+            self.integers[name], self.scales[name] = q.numpy(), scale.numpy()
+        learned = Learned(scales=self.scales, inputs=self.INPUTS)
+        self.float = made.exporter.convert(self.net, "grid", lambda _: nullcontext(), learned)
+        with torch.no_grad():
+            self.wanted = self.net(*made.inputs(1, seed=7).values()).numpy()
+
+    def lowered(self, layers: Mapping[str, LayerChoice]) -> bytes:
+        return self.float.lower(Candidate(layers=layers), lambda _: nullcontext()).data
+
+
+@pytest.fixture(scope="module")
+def grid(case: Get) -> Callable[[str], OnGrid]:
+    return cache(lambda name: OnGrid(case(name)))
+
+
+@pytest.mark.parametrize("name", ["residual", "separable"])
+@pytest.mark.parametrize("activations", [8, 32])
+def test_a_learned_grid_reaches_the_file_exactly(
+    case: Get, grid: Callable[[str], OnGrid], name: str, activations: int, tmp_path: Path
+) -> None:
+    made, on = case(name), grid(name)
+    choices = {n: replace(choice, activation_bits=activations) for n, choice in on.choices.items()}
+    if activations == 32:
+        choices = {n: choice for n, choice in choices.items() if choice.weight_bits == 8}
+    data = on.lowered(choices)
+    graph = Flatbuffer(data)
+    for layer, (op, tensor) in _weights(graph).items():
+        if layer not in choices:
+            continue
+        q, (scale, axis) = on.integers[layer], graph.scales(tensor)
+        np.testing.assert_array_equal(scale, on.scales[layer])
+        if (stored := graph.constant(tensor)) is not None:  # of 8 bits
+            rows = np.moveaxis(stored, axis, 0).reshape(len(q), -1)
+            flat = (np.moveaxis(q, 1, -1) if op.kind == "CONV_2D" else q).reshape(len(q), -1)
+            np.testing.assert_array_equal(rows, flat)
+    got, _ = made.outputs(data, tmp_path)  # 4 bits decoded otherwise would not be near
+    assert sqnr_db(on.wanted, got[0]) > (20 if activations == 8 else 40)
+
+
+def test_a_learned_range_reaches_the_file(grid: Callable[[str], OnGrid]) -> None:
+    on = grid("residual")
+    graph = Flatbuffer(on.lowered(on.choices))
+    ops = {name: op for name, (op, _) in _weights(graph).items()}
+    for layer in on.INPUTS:
+        np.testing.assert_allclose(graph.scales(ops[layer].inputs[0])[0], [0.01], rtol=1e-5)
+    assert abs(graph.scales(ops["conv2"].inputs[0])[0][0] - 0.01) > 1e-4
+
+
+@pytest.mark.parametrize(("precision", "words"), [("k4a32", "no codebooks"), ("w8a4", "activations of 8 bits")])
+def test_what_the_format_has_no_form_of_is_refused(case: Get, precision: str, words: str) -> None:
+    made = case("residual")
+    with pytest.raises(StageError, match=f"LiteRT has no {precision}; it has {words}: choose .* for layer 'conv1'"):
+        made.lowered({"conv1": parse_precision(precision)})
+
+
 def test_the_vendors_file_takes_and_gives_floats(case: Get, tmp_path: Path) -> None:
     made = case("residual")
     got, executed = made.outputs(made.float.vendor_int8(lambda _: nullcontext()).data, tmp_path)
@@ -195,7 +271,7 @@ def test_a_student_may_lack_a_layer(case: Get) -> None:
     student = seeded(nets.Residual)
     student.short = nn.Sequential(student.short)
     choices = made.uniform("w8a8")
-    found = made.exporter.convert(student, "student", lambda _: nullcontext()).lower(
+    found = made.exporter.convert(student, "student", lambda _: nullcontext(), Learned()).lower(
         Candidate(layers=choices), lambda _: nullcontext()
     )
     check_types(found.data, {name: choice for name, choice in choices.items() if name != "short"})
@@ -206,7 +282,7 @@ def test_a_choice_for_a_layer_that_is_no_longer_found_is_a_failure_not_forgotten
     twin = seeded(nets.Residual)
     with torch.no_grad():
         twin.conv1.weight.zero_()
-    converted = made.exporter.convert(twin, "twin", lambda _: nullcontext())
+    converted = made.exporter.convert(twin, "twin", lambda _: nullcontext(), Learned())
     converted.lower(Candidate(layers={"conv2": parse_precision("w8a8")}), lambda _: nullcontext())
     with pytest.raises(StageError, match="layer 'conv1' of the compressed model: its weight is not read by exactly"):
         converted.lower(Candidate(layers={"conv1": parse_precision("w8a8")}), lambda _: nullcontext())
