@@ -162,7 +162,13 @@ class OnnxFloat:
             bits = self._profile.integer_weight_bits
             return lower(graph, layers, stats, calibrator, self._learned, kernel_bits=bits)
         return lower_symmetric(
-            graph, layers, stats, calibrator, dialect=self._profile.dialect, floats=candidate.float_precision
+            graph,
+            layers,
+            stats,
+            calibrator,
+            dialect=self._profile.dialect,
+            floats=candidate.float_precision,
+            learned=self._learned,
         )
 
     def vendor_int8(self, watch: Watch) -> Lowered:

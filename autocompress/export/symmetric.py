@@ -16,12 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from autocompress.compress.quantize import PERCENTILE, ActivationStats, quantize_weight
+from autocompress.compress.quantize import PERCENTILE, ActivationStats, Learned, quantize_weight
 from autocompress.core.candidate import FloatPrecision, LayerChoice
 from autocompress.core.errors import StageError
 from autocompress.core.recipe import Calibrator
 from autocompress.export.floats import cast_floats, positive
 from autocompress.export.graph import array_of, constant, insert, only_consumer, tidy
+from autocompress.export.weights import Scales, on_grid, round_weight
 
 Dialect = Literal["int8", "fp8"]
 _PRODUCTS = ("Gemm", "MatMul")
@@ -58,6 +59,7 @@ def lower_symmetric(
     *,
     dialect: Dialect,
     floats: FloatPrecision = "fp32",
+    learned: Learned = Learned(),  # noqa: B008 (frozen)
 ) -> ir.Model:
     """Quantize `model` in place as `layers` say, and compute the rest in `floats`.
 
@@ -65,6 +67,7 @@ def lower_symmetric(
         model: a float graph whose layer nodes are named after their layers.
         layers: choices by layer name; names that are no node of the graph are an error.
         stats: calibration of every tensor that an eight-bit layer reads, by tensor name.
+        learned: scales of weights that lie on them, and ranges of layers' inputs, that stand for those found here.
 
     Raises:
         StageError: a layer is not in the graph, its range was not calibrated, or TensorRT has no such precision.
@@ -77,10 +80,15 @@ def lower_symmetric(
         _check(nodes[name], choice, dialect)
     eight = [nodes[name] for name, choice in layers.items() if _computes_in_eight(nodes[name], choice)]
     for value, uses in _reads(graph, eight, stats).items():
-        _insert_pair(graph, value, uses, _scale(value, stats, calibrator, form, floats), form)
+        spans = (learned.inputs.get(str(node.name)) for node, _ in uses)
+        if (span := next((found for found in spans if found), None)) is not None:
+            scale = positive(np.array(max(-span[0], span[1]) / form.top), floats)
+        else:
+            scale = _scale(value, stats, calibrator, form, floats)
+        _insert_pair(graph, value, uses, scale, form)
     for name, choice in layers.items():
         if choice.weight_bits <= 8:
-            _store(graph, nodes[name], choice, form, floats)
+            _store(graph, nodes[name], choice, form, floats, learned.scales.get(name))
     return tidy(cast_floats(model, floats))
 
 
@@ -95,7 +103,11 @@ def _computes_in_eight(node: ir.Node, choice: LayerChoice) -> bool:
 
 def _check(node: ir.Node, choice: LayerChoice, dialect: Dialect) -> None:
     integer = _computes_in_eight(node, choice)
-    if choice.weight_bits == 16:
+    if choice.levels != "uniform":
+        why = "it looks no weights up in a codebook"
+    elif integer and choice.activation_bits < 8:
+        why = "it has no activations of fewer bits"
+    elif choice.weight_bits == 16:
         why = "16-bit weights go with 16-bit arithmetic: choose a float precision"
     elif dialect == "fp8" and integer and choice.weight_bits < 8:
         why = "eight-bit floats have no smaller weights"
@@ -188,7 +200,14 @@ def _insert_pair(
         node.replace_input_with(index, dequantize.outputs[0])
 
 
-def _store(graph: ir.Graph, node: ir.Node, choice: LayerChoice, form: _Form, floats: FloatPrecision) -> None:
+def _store(
+    graph: ir.Graph,
+    node: ir.Node,
+    choice: LayerChoice,
+    form: _Form,
+    floats: FloatPrecision,
+    learned: Scales | None,
+) -> None:
     """The weight of a layer in eight or four bits, with DequantizeLinear."""
     index = 0 if node.op_type == "Gather" else 1
     weight = array_of(node.inputs[index])
@@ -196,9 +215,9 @@ def _store(graph: ir.Graph, node: ir.Node, choice: LayerChoice, form: _Form, flo
         raise StageError("export", f"the weight of {node.name!r} is not a constant of the graph")
     array = np.asarray(weight, np.float32)
     if choice.weight_bits <= 4 and not _computes_in_eight(node, choice):
-        stored = _four_bits(graph, node, array, choice.weight_bits, floats)
+        stored = _four_bits(graph, node, array, choice.weight_bits, floats, learned)
     else:
-        stored = _eight_bits(graph, node, array, choice, form, floats)
+        stored = _eight_bits(graph, node, array, choice, form, floats, learned)
     node.replace_input_with(index, stored)
 
 
@@ -209,13 +228,14 @@ def _eight_bits(
     choice: LayerChoice,
     form: _Form,
     floats: FloatPrecision,
+    learned: Scales | None,
 ) -> ir.Value:
     """One scale a channel. Layers that compute in floats have integers in either dialect."""
     transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     axis = 1 if node.op_type in _PRODUCTS and not transposed else 0
     used = form if _computes_in_eight(node, choice) else _FORMS["int8"]
     if used.dtype == np.int8:
-        scale = quantize_weight(weight, choice.weight_bits, axis)[1]
+        scale = round_weight(weight, choice.weight_bits, axis, learned)[1]
         top = 2.0 ** (choice.weight_bits - 1) - 1
     else:
         scale = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(1) / used.top
@@ -234,7 +254,12 @@ def _eight_bits(
 
 
 def _four_bits(
-    graph: ir.Graph, node: ir.Node, weight: NDArray[np.float32], bits: int, floats: FloatPrecision
+    graph: ir.Graph,
+    node: ir.Node,
+    weight: NDArray[np.float32],
+    bits: int,
+    floats: FloatPrecision,
+    learned: Scales | None,
 ) -> ir.Value:
     """One scale for each block of input channels, the weight as (inputs, outputs): NVIDIA's own form."""
     if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1:
@@ -245,8 +270,11 @@ def _four_bits(
         raise StageError("export", f"4-bit weights lie two to a byte, {node.name!r} has {weight.size} of them")
     block = next((size for size in _BLOCKS if inputs % size == 0), inputs)
     blocks = weight.reshape(-1, block, outputs)
-    rows = blocks.transpose(0, 2, 1).reshape(-1, block)
-    scale = positive(quantize_weight(rows, bits, 0)[1], floats).reshape(-1, 1, outputs)
+    if learned is not None and on_grid(weight, bits, 1, learned) is not None:
+        found = np.tile(learned, inputs // block)
+    else:
+        found = quantize_weight(blocks.transpose(0, 2, 1).reshape(-1, block), bits, 0)[1]
+    scale = positive(found, floats).reshape(-1, 1, outputs)
     top = 2 ** (bits - 1) - 1
     values = np.clip(np.rint(blocks / scale), -top, top).astype(ml_dtypes.int4).reshape(inputs, outputs)
     name = str(node.name)

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from autocompress.compress.quantize import Learned
 from autocompress.config import load_profile
 from autocompress.core.candidate import FloatPrecision, LayerChoice, parse_precision
 from autocompress.core.errors import StageError
@@ -281,3 +282,34 @@ def test_a_model_without_weights_to_quantize_fails_in_its_stage() -> None:
     with pytest.raises(StageError, match="no convolution or matrix product with a constant weight") as caught:
         tensorrt_uniform_int8(to_bytes(table(normal(4, 3))), [], PROFILE)
     assert caught.value.stage == "export"
+
+
+def test_what_was_learned_stands_for_what_would_be_found() -> None:
+    q = np.random.default_rng(0).integers(-60, 61, (8, 32))
+    scale = np.logspace(-3, -1, 8, dtype=np.float32)
+    weight = (q * scale[:, None]).astype(np.float32)
+    x = normal(16, 32)
+    learned = Learned(scales={"fc": scale}, inputs={"fc": (-0.9, 1.27)})
+    model = lower_symmetric(
+        linear(weight), {"fc": W8A8}, seen(x, x @ weight.T), "minmax", dialect="int8", learned=learned
+    )
+    found = constants(onnx.load_from_string(to_bytes(model)))
+    np.testing.assert_array_equal(found["fc.weight_q"], q)
+    np.testing.assert_array_equal(found["fc.weight_scale"], scale)
+    assert found["input.scale"] == np.float32(0.01)
+
+
+def test_four_bits_on_a_learned_grid_are_its_integers() -> None:
+    q = np.random.default_rng(0).integers(-4, 5, (8, 32))
+    scale = np.logspace(-3, -1, 8, dtype=np.float32)
+    weight = (q * scale[:, None]).astype(np.float32)
+    layers = {"fc": parse_precision("w4a32")}
+    model = lower_symmetric(linear(weight), layers, {}, "minmax", dialect="int8", learned=Learned(scales={"fc": scale}))
+    (got,) = run(to_bytes(model), {"input": np.eye(32, dtype=np.float32)})
+    np.testing.assert_allclose(got.T, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "why"), [("k4a32", "in a codebook"), ("w8a4", "activations of fewer bits")])
+def test_what_tensorrt_has_no_form_of_is_refused(precision: str, why: str) -> None:
+    with pytest.raises(StageError, match=f"TensorRT has no {precision} for 'fc', a Gemm: it .*{why}"):
+        lower_symmetric(linear(normal(4, 8)), {"fc": parse_precision(precision)}, {}, "minmax", dialect="int8")
