@@ -57,7 +57,7 @@ def builder(task: CheckedTask, tmp_path_factory: pytest.TempPathFactory) -> Buil
 
 def build(builder: Builder, candidate: Candidate) -> tuple[Artifact, dict[str, float]]:
     watch = Stopwatch()
-    return builder.build(candidate, watch), dict(watch.seconds)
+    return builder.build(candidate, watch).artifact, dict(watch.seconds)
 
 
 def test_the_exported_original_is_exact(builder: Builder, task: CheckedTask) -> None:
@@ -180,7 +180,7 @@ def test_a_topology_whose_sizes_are_baked_into_the_graph_is_exported_again(tmp_p
     builder = Builder(task, folder(tmp_path), PROFILE)
     (group,) = builder.structure.groups
     artifact, _ = build(builder, Candidate(widths={group.name: 8}))
-    cut = cut_widths(task.model, builder._groups, {group.name: 8})
+    cut = cut_widths(task.model, builder._setting.anatomy.groups, {group.name: 8})
     assert float_difference([outputs(artifact, task)], [torch_outputs(cut, task)]) < 1e-5
     layers = {name: parse_precision("w7a8") for name in ("conv", "fc")}
     quantized, seconds = build(builder, Candidate(widths={group.name: 8}, layers=layers))

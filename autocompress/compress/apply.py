@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from autocompress.compress.absorb import absorb
@@ -16,6 +18,7 @@ from autocompress.compress.cut import Anatomy, choices, cut, on_the_way
 from autocompress.compress.equalize import equalize
 from autocompress.compress.importance import ranked
 from autocompress.compress.material import Batch, Material
+from autocompress.compress.outputs import outputs_of
 from autocompress.compress.qat import Aware
 from autocompress.compress.quantize import Learned
 from autocompress.compress.reconstruct import reconstruct
@@ -29,6 +32,7 @@ from autocompress.core.recipe import Importance, Prune, Quantize, Stage, Train, 
 Watch = Callable[[str], AbstractContextManager[None]]
 SETTLE_ITEMS = 128  # BatchNorm statistics are estimated anew on so many items
 SETTLE_BATCH = 32
+SIMULATED_ITEMS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +186,8 @@ class _Pipeline:
             if aware is None:
                 state.learned = Learned()
         if aware is not None:
-            state.learned = aware.finish()
+            simulated = self._outputs(state.model)
+            state.learned = replace(aware.finish(), simulated=simulated)
             hold(state.model, state.masks)
 
     def _prune(self, state: _State, how: Prune, part: float) -> None:
@@ -236,6 +241,12 @@ class _Pipeline:
             dialect=self._setting.dialect,
             calibrator=self._candidate.recipe.calibrator,
         )
+
+    def _outputs(self, model: nn.Module) -> tuple[NDArray[np.float32], ...]:
+        """What the model gives for the first calibration items."""
+        batch = next(iter(self._material.calibration(SIMULATED_ITEMS, SIMULATED_ITEMS)))[0]
+        with torch.no_grad():
+            return tuple(o.float().numpy() for o in outputs_of(self._material.call(model.eval(), batch)))
 
     def _teaches(self, state: _State, how: Train, aware: bool) -> bool:
         """Whether training has something to change: not where a copy of the original is taught by the original."""

@@ -15,7 +15,7 @@ from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
 from autocompress.core.record import from_json, to_json
 
-_WEIGHT, _SCALE, _RANGE = "weight:", "scale:", "range:"
+_WEIGHT, _SCALE, _RANGE, _OUTPUT = "weight:", "scale:", "range:", "output:"
 
 
 def write(path: Path, made: Compressed) -> None:
@@ -25,6 +25,7 @@ def write(path: Path, made: Compressed) -> None:
     tensors = {f"{_WEIGHT}{name}": tensor.clone().contiguous() for name, tensor in made.model.state_dict().items()}
     tensors |= {f"{_SCALE}{name}": torch.from_numpy(scale.copy()) for name, scale in made.learned.scales.items()}
     tensors |= {f"{_RANGE}{n}": torch.tensor(r, dtype=torch.float64) for n, r in made.learned.inputs.items()}
+    tensors |= {f"{_OUTPUT}{i}": torch.from_numpy(array.copy()) for i, array in enumerate(made.learned.simulated)}
     temporary = path.with_suffix(f".{os.getpid()}")
     save_file(tensors, temporary, {"done": json.dumps(to_json(made.done)), "notes": json.dumps(made.notes)})
     temporary.replace(path)
@@ -51,7 +52,11 @@ def read(path: Path, setting: Setting) -> Compressed:
     }
     return Compressed(
         model=model,
-        learned=Learned(scales={n: s.astype(np.float32) for n, s in scales.items()}, inputs=ranges),
+        learned=Learned(
+            scales={n: s.astype(np.float32) for n, s in scales.items()},
+            inputs=ranges,
+            simulated=tuple(t.numpy() for n, t in sorted(tensors.items()) if n.startswith(_OUTPUT)),
+        ),
         done=done,
         notes=notes,
         fallback=read(_fallback(path), setting) if _fallback(path).exists() else None,

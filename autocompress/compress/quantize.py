@@ -43,10 +43,13 @@ class Learned:
     Attributes:
         scales: of each output channel's weights, which lie on scale × integer.
         inputs: lowest and highest value of the layer's input.
+        simulated: what the model gave for the first calibration items while it still rounded in training, its floating
+            outputs in order; a file has to give the same.
     """
 
     scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     inputs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    simulated: tuple[NDArray[np.float32], ...] = ()
 
 
 def quantize_weight(weight: NDArray[np.float32], bits: int, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -20,7 +20,14 @@ from autocompress.core.profile import Profile
 from autocompress.export.calibrate import collect_stats
 from autocompress.export.exporter import Lowered, Source, Watch
 from autocompress.export.graph import specs, to_bytes
-from autocompress.export.parity import FLOAT_TOLERANCE, check_optimised, float_difference, run_onnx
+from autocompress.export.parity import (
+    FLOAT_TOLERANCE,
+    check_optimised,
+    check_simulated,
+    float_difference,
+    layer_sqnr,
+    run_onnx,
+)
 from autocompress.export.qdq import lower
 from autocompress.export.symmetric import lower_symmetric
 from autocompress.export.template import Template, export_template
@@ -154,7 +161,21 @@ class OnnxFloat:
                 items = CHECKED_ITEMS if self._template.dynamic_batch else 1
                 check_optimised(data, _feeds(next(self._source.calibration(items))), list(layers))
                 self._checked.add(candidate.kernel_key)
+        if self._learned.simulated and self._profile.dialect == "uint8" and layers:
+            with watch("check"):
+                self._check_simulated(data, list(layers))
         return Lowered(data=data, options=_options(candidate, self._profile))
+
+    def _check_simulated(self, data: bytes, layers: list[str]) -> None:
+        """Raise StageError("parity") where the file gives something else than what training saw."""
+        count = len(self._learned.simulated[0]) if self._template.dynamic_batch else 1
+        feeds = _feeds(next(self._source.calibration(count)))
+        got = [o for o in run_onnx(data, feeds) if np.issubdtype(o.dtype, np.floating)]
+        check_simulated(
+            [array[:count] for array in self._learned.simulated],
+            got,
+            lambda: layer_sqnr(to_bytes(self._graph), data, feeds, layers),
+        )
 
     def _lowered(self, layers: Mapping[str, LayerChoice], candidate: Candidate) -> ir.Model:
         graph, stats, calibrator = self._graph.clone(), self._stats or {}, candidate.recipe.calibrator
