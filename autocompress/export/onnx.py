@@ -32,6 +32,7 @@ from autocompress.export.qdq import lower
 from autocompress.export.symmetric import lower_symmetric
 from autocompress.export.template import Template, export_template
 from autocompress.export.vendor import uniform_int8
+from autocompress.export.weights import Kernels
 
 BATCH = 32
 CHECKED_ITEMS = 4
@@ -180,8 +181,8 @@ class OnnxFloat:
     def _lowered(self, layers: Mapping[str, LayerChoice], candidate: Candidate) -> ir.Model:
         graph, stats, calibrator = self._graph.clone(), self._stats or {}, candidate.recipe.calibrator
         if self._profile.dialect == "uint8":
-            bits = self._profile.integer_weight_bits
-            return lower(graph, layers, stats, calibrator, self._learned, kernel_bits=bits)
+            kernels = Kernels(bits=self._profile.integer_weight_bits, sparse=self._profile.runtime != "openvino")
+            return lower(graph, layers, stats, calibrator, self._learned, kernels=kernels)
         return lower_symmetric(
             graph,
             layers,

@@ -16,7 +16,7 @@ from autocompress.core.errors import StageError
 from autocompress.core.recipe import Calibrator
 from autocompress.export.graph import constant, only_consumer, tidy
 from autocompress.export.ranges import KEEPS_SCALE, Steps, Unit, find_ranges
-from autocompress.export.weights import put_floats, put_integers
+from autocompress.export.weights import Kernels, put_floats, put_integers
 
 _JOINS = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}
 _WEIGHTED = {"Conv", "Gemm", "MatMul"}
@@ -83,7 +83,7 @@ def lower(
     calibrator: Calibrator,
     learned: Learned = Learned(),  # noqa: B008 (frozen)
     *,
-    kernel_bits: int = 8,
+    kernels: Kernels = Kernels(),  # noqa: B008 (frozen)
 ) -> ir.Model:
     """Quantize `model` in place as `layers` say.
 
@@ -93,7 +93,7 @@ def lower(
         stats: calibration of every tensor that may become integer, by tensor name.
         learned: scales that stand for those that would be found here, where the weights lie on them, and ranges of
             layers' inputs that stand for what calibration saw.
-        kernel_bits: most bits of the integers that stand for the values of a codebook.
+        kernels: what those of the device take.
 
     Raises:
         StageError: a layer is not in the graph, or its range was not calibrated.
@@ -109,7 +109,7 @@ def lower(
     scales = {str(unit.node.name): ranges.read_by(unit).scale for unit in units if unit.node.name in integer}
     for name, choice in layers.items():
         if name in scales:
-            put_integers(graph, nodes[name], choice, scales[name], learned.scales.get(name), kernel_bits)
+            put_integers(graph, nodes[name], choice, scales[name], learned.scales.get(name), kernels)
         elif choice != LayerChoice():
             put_floats(graph, nodes[name], choice, learned.scales.get(name))
     _insert_pairs(graph, units, ranges.tensors)

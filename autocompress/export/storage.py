@@ -3,9 +3,11 @@
 A decoder is a few standard ONNX nodes on constants. Constant folding runs them when the session is made, so that the
 kernels see plain int8 or float32 weights: the file is smaller and the speed is that of the plain form. None of these
 forms makes anything faster. Division and remainder unpack what has no type of its own: OpenVINO folds them, and leaves
-shifts and bitwise operators in the graph.
+shifts and bitwise operators in the graph. Nor does it fold CumSum, of which the sparse forms are made: in float layers
+it computes them once, layers on integers it then ran in float, at 1.8 times the latency.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -16,29 +18,33 @@ from numpy.typing import NDArray
 from autocompress.export.graph import constant, insert
 
 _WORD = 31  # bits of an int32 that is never negative
-_UNPACKING = (
-    1000  # bytes that the nodes of `_unpacked` take in the file, measured at names of 20 characters: 700 to 1060
-)
+# Bytes that the nodes of a decoder take in the file, measured at names of 20 characters.
+_UNPACKING, _BY_GAPS, _BY_MASK = 1000, 900, 1500
+
+Form = Callable[[NDArray[Any]], ir.Value]
 
 
-def store_integers(graph: ir.Graph, before: ir.Node, name: str, q: NDArray[np.int8], bits: int) -> ir.Value:
+def store_integers(
+    graph: ir.Graph, before: ir.Node, name: str, q: NDArray[np.int8], bits: int, *, sparse: bool = True
+) -> ir.Value:
     """An int8 value of magnitudes below 2^(bits−1) from the smallest storage: sparse, packed, int4 or int8."""
-    places = _positions(q)
-    if len(places) * (1 + _bytes_each(bits)) < q.size * _bytes_each(bits):
-        return _sparse(graph, before, name, _integers(graph, before, name, q.reshape(-1)[places], bits), q, places)
-    return _integers(graph, before, name, q, bits)
+
+    def dense(some: NDArray[Any]) -> ir.Value:
+        return _integers(graph, before, name, some, bits)
+
+    return (_sparse(graph, before, name, q, _bytes_each(bits), dense) if sparse else None) or dense(q)
 
 
 def store_floats(graph: ir.Graph, before: ir.Node, name: str, w: NDArray[np.float32], bits: int) -> ir.Value:
     """A float32 value, stored as float16 where `bits` is 16, sparse where that has fewer bytes."""
-    places = _positions(w)
-    if len(places) * 5 < w.size * (4 if bits == 32 else 2):
-        values = constant(graph, f"{name}.values", w.reshape(-1)[places])
-        return _sparse(graph, before, name, values, w, places)
-    if bits == 16:
-        half = constant(graph, f"{name}.float16", w.astype(np.float16))
-        return insert(graph, before, "Cast", [half], f"{name}.widened", to=ir.DataType.FLOAT.value)
-    return constant(graph, f"{name}.float32", w)
+
+    def dense(some: NDArray[Any]) -> ir.Value:
+        if bits == 16:
+            half = constant(graph, f"{name}.float16", some.astype(np.float16))
+            return insert(graph, before, "Cast", [half], f"{name}.widened", to=ir.DataType.FLOAT.value)
+        return constant(graph, f"{name}.float32", some)
+
+    return _sparse(graph, before, name, w, bits / 8, dense) or dense(w)
 
 
 def store_scaled(
@@ -54,7 +60,13 @@ def store_scaled(
 
 
 def store_codebook(
-    graph: ir.Graph, before: ir.Node, name: str, indices: NDArray[np.uint8], table: NDArray[Any]
+    graph: ir.Graph,
+    before: ir.Node,
+    name: str,
+    indices: NDArray[np.uint8],
+    table: NDArray[Any],
+    *,
+    sparse: bool = True,
 ) -> ir.Value:
     """A value of the table's type, stored as the table and an index into it for each weight."""
     bits = max(1, (len(table) - 1).bit_length())
@@ -62,12 +74,11 @@ def store_codebook(
     order = np.concatenate([[first], np.delete(np.arange(len(table)), first)])
     indices = np.argsort(order).astype(np.uint8)[indices]
     values = constant(graph, f"{name}.codebook", np.ascontiguousarray(table[order]))
-    places = _positions(indices)
-    if len(places) * (1 + _bytes_each(bits)) < indices.size * _bytes_each(bits):
-        left = _unsigned(graph, before, name, indices.reshape(-1)[places], bits)
-        which = _sparse(graph, before, name, left, indices.astype(np.int32), places)
-    else:
-        which = _unsigned(graph, before, name, indices, bits)
+
+    def dense(some: NDArray[Any]) -> ir.Value:
+        return _unsigned(graph, before, name, some, bits)
+
+    which = (_sparse(graph, before, name, indices, _bytes_each(bits), dense) if sparse else None) or dense(indices)
     return insert(graph, before, "Gather", [values, which], f"{name}.looked_up", axis=0)
 
 
@@ -114,13 +125,16 @@ def _unpacked(graph: ir.Graph, before: ir.Node, name: str, u: NDArray[np.uint8],
     shifted = insert(graph, before, "Div", [words, _shared(graph, f"unpack{bits}.powers", powers)], f"{name}.shifted")
     base = _shared(graph, f"unpack{bits}.base", np.array(2**bits, np.int32))
     digits = insert(graph, before, "Mod", [shifted, base], f"{name}.digits")
-    rest, start = _shared(graph, "unpack.rest", np.array([-1])), _shared(graph, "unpack.start", np.array([0]))
-    flat = insert(graph, before, "Reshape", [digits, rest], f"{name}.padded")
     if u.size % each:
-        size = _shared(graph, f"unpack.size{u.size}", np.array([u.size]))
-        flat = insert(graph, before, "Slice", [flat, start, size], f"{name}.numbers")
-    shape = _shared(graph, f"unpack.shape{'x'.join(map(str, u.shape))}", np.array(u.shape, np.int64))
-    return insert(graph, before, "Reshape", [flat, shape], f"{name}.unpacked")
+        digits = _shaped(graph, before, f"{name}.padded", digits, (-1,))
+        start, size = (_shared(graph, f"place{n}", np.array([n])) for n in (0, u.size))
+        digits = insert(graph, before, "Slice", [digits, start, size], f"{name}.numbers")
+    return _shaped(graph, before, f"{name}.unpacked", digits, u.shape)
+
+
+def _shaped(graph: ir.Graph, before: ir.Node, name: str, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    wanted = _shared(graph, f"shape{'x'.join(map(str, shape))}", np.array(shape, np.int64))
+    return insert(graph, before, "Reshape", [value, wanted], name)
 
 
 def _shared(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
@@ -128,37 +142,60 @@ def _shared(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     return graph.initializers[name] if name in graph.initializers else constant(graph, name, array)
 
 
-def _positions(array: NDArray[np.generic]) -> NDArray[np.int64]:
+def _sparse(
+    graph: ir.Graph, before: ir.Node, name: str, array: NDArray[Any], bytes_each: float, dense: Form
+) -> ir.Value | None:
+    """A value of which only what is not zero is stored, in the `dense` form, and where it is; None if that is larger.
+
+    Where: by gaps of a byte each, or by a bit for every element.
+    """
+    places, count = _positions(array), np.count_nonzero(array)
+    gaps = len(places) * (1 + bytes_each) + _BY_GAPS
+    mask = array.size * _bytes_each(1) + count * bytes_each + _BY_MASK
+    if min(gaps, mask) >= array.size * bytes_each:
+        return None
+    if gaps <= mask:
+        return _by_gaps(graph, before, name, array, places, dense(array.reshape(-1)[places]))
+    return _by_mask(graph, before, name, array, dense)
+
+
+def _positions(array: NDArray[Any]) -> NDArray[np.int64]:
     """Flat places of the non-zero values, and one every 255 places, so that gaps fit a byte."""
     places = np.flatnonzero(array)
     stops = np.arange(-1, array.size, 255)[1:]
     return np.union1d(places, stops) if np.diff(places, prepend=-1).max(initial=0) > 255 else places
 
 
-def _sparse(
-    graph: ir.Graph,
-    before: ir.Node,
-    name: str,
-    values: ir.Value,
-    array: NDArray[np.generic],
-    positions: NDArray[np.int64],
+def _by_mask(graph: ir.Graph, before: ir.Node, name: str, array: NDArray[Any], dense: Form) -> ir.Value:
+    """The elements that are not zero, looked up by how many of them there are up to each place."""
+    there = array.reshape(-1) != 0
+    values = dense(np.concatenate([np.zeros(1, array.dtype), array.reshape(-1)[there]]))
+    mask = _unpacked(graph, before, f"{name}.mask", there.astype(np.uint8), 1)
+    first = _shared(graph, "sparse.axis", np.array(0, np.int64))
+    counted = insert(graph, before, "CumSum", [mask, first], f"{name}.counted")
+    flat = insert(graph, before, "Mul", [counted, mask], f"{name}.places")
+    places = _shaped(graph, before, f"{name}.which", flat, array.shape)
+    return insert(graph, before, "Gather", [values, places], f"{name}.dense", axis=0)
+
+
+def _by_gaps(
+    graph: ir.Graph, before: ir.Node, name: str, array: NDArray[Any], positions: NDArray[np.int64], values: ir.Value
 ) -> ir.Value:
-    """`values` of `array` and the gaps between them (a byte each), scattered into zeros at load."""
+    """`values` and the gaps between them, scattered into zeros."""
     gaps = constant(graph, f"{name}.gaps", np.diff(positions, prepend=-1).astype(np.uint8))
     first = _shared(graph, "sparse.axis", np.array(0, np.int64))
     one = _shared(graph, "sparse.one", np.array(1, np.int64))
-    size = constant(graph, f"{name}.size", np.array([array.size], np.int64))
-    shape = constant(graph, f"{name}.shape", np.array(array.shape, np.int64))
+    size = _shared(graph, f"place{array.size}", np.array([array.size]))
     wide = insert(graph, before, "Cast", [gaps], f"{name}.gaps_int64", to=ir.DataType.INT64.value)
     ends = insert(graph, before, "CumSum", [wide, first], f"{name}.ends")
     places = insert(graph, before, "Sub", [ends, one], f"{name}.places")
     zeros = ir.node(
         "ConstantOfShape",
         [size],
-        attributes={"value": ir.tensor(np.zeros(1, array.dtype))},
+        attributes={"value": ir.tensor(np.zeros(1, np.int32 if array.dtype == np.uint8 else array.dtype))},
         outputs=[ir.Value(name=f"{name}.zeros")],
         name=f"{name}.zeros",
     )
     graph.insert_before(before, zeros)
     flat = insert(graph, before, "ScatterElements", [zeros.outputs[0], places, values], f"{name}.flat", axis=0)
-    return insert(graph, before, "Reshape", [flat, shape], f"{name}.dense")
+    return _shaped(graph, before, f"{name}.dense", flat, array.shape)

@@ -1,5 +1,7 @@
 """Weights of a graph's layers as integers, as values of a codebook, or as floats in a smaller form of storage."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -14,6 +16,19 @@ from autocompress.export.storage import store_codebook, store_floats, store_inte
 Scales = NDArray[np.float32]
 _OFF_GRID = 0.02  # of a step; folding a BatchNorm of scale one moves a weight by 1e-7 of itself
 _SMALLEST_SCALE = 1e-9  # a channel of zeros would divide by zero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What the integer kernels of a device take.
+
+    Attributes:
+        bits: most bits of the integers that stand for the values of a codebook.
+        sparse: whether zeros may be left out of the file: the runtime puts them back while it loads.
+    """
+
+    bits: int = 8
+    sparse: bool = True
 
 
 def round_weight(
@@ -44,12 +59,9 @@ def put_integers(
     choice: LayerChoice,
     input_scale: float,
     learned: Scales | None,
-    kernel_bits: int,
+    kernels: Kernels,
 ) -> None:
-    """Weight and bias of an integer layer become integers with DequantizeLinear.
-
-    The values of a codebook become integers of at most `kernel_bits` bits, with one scale.
-    """
+    """Weight and bias of an integer layer become integers with DequantizeLinear."""
     weight, axis = weight_of(node)
     bias = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
     # An (almost) all-zero channel has a scale so small that its bias would leave int32.
@@ -57,9 +69,9 @@ def put_integers(
     if bias is not None:
         least = np.abs(bias).astype(np.float32) / np.float32(input_scale * 2.0**30)
     if choice.levels == "uniform":
-        integers, scale = _even_integers(graph, node, choice.weight_bits, learned, least)
+        integers, scale = _even_integers(graph, node, choice.weight_bits, learned, least, kernels)
     else:
-        integers, scale = _coded_integers(graph, node, choice, least, kernel_bits)
+        integers, scale = _coded_integers(graph, node, choice, least, kernels)
     name = str(node.name)
     scales = constant(graph, f"{name}.weight_scale", scale)
     zeros = constant(graph, f"{name}.weight_zero_point", np.zeros(len(scale), np.int8))
@@ -90,28 +102,29 @@ def put_floats(graph: ir.Graph, node: ir.Node, choice: LayerChoice, learned: Sca
 
 
 def _even_integers(
-    graph: ir.Graph, node: ir.Node, bits: int, learned: Scales | None, least: Scales
+    graph: ir.Graph, node: ir.Node, bits: int, learned: Scales | None, least: Scales, kernels: Kernels
 ) -> tuple[ir.Value, Scales]:
     weight, axis = weight_of(node)
     q, scale = round_weight(weight, bits, axis, learned)
     if (scale < least).any():
         scale, top = np.maximum(scale, least), 2 ** (bits - 1) - 1
         q = np.clip(np.rint(weight / _along(scale, weight.ndim, axis)), -top, top).astype(np.int8)
-    return store_integers(graph, node, str(node.name), q, bits), scale
+    return store_integers(graph, node, str(node.name), q, bits, sparse=kernels.sparse), scale
 
 
 def _coded_integers(
-    graph: ir.Graph, node: ir.Node, choice: LayerChoice, least: Scales, kernel_bits: int
+    graph: ir.Graph, node: ir.Node, choice: LayerChoice, least: Scales, kernels: Kernels
 ) -> tuple[ir.Value, Scales]:
     weight, axis = weight_of(node)
     indices, table = codebook(weight, choice.weight_bits, choice.levels)
-    largest, top = float(np.abs(table).max()), 2 ** (kernel_bits - 1) - 1
+    largest, top = float(np.abs(table).max()), 2 ** (kernels.bits - 1) - 1
     counts = np.bincount(indices.reshape(-1), minlength=len(table))
     # The largest integer that stands for the largest value: 32 or 64 where the values are powers of two.
     scales = [max(largest / t, _SMALLEST_SCALE) for t in range(top // 2 + 1, top + 1)]
     errors = [float((counts * (np.rint(table / s) * s - table) ** 2).sum()) for s in scales]
     scale = max(scales[int(np.argmin(errors))], float(least.max()))
-    integers = store_codebook(graph, node, str(node.name), indices, np.rint(table / scale).astype(np.int8))
+    rounded = np.rint(table / scale).astype(np.int8)
+    integers = store_codebook(graph, node, str(node.name), indices, rounded, sparse=kernels.sparse)
     return integers, np.full(weight.shape[axis], scale, np.float32)
 
 

@@ -15,6 +15,7 @@ from autocompress.export.graph import constant, insert, to_bytes
 from autocompress.export.parity import run_onnx, sqnr_db
 from autocompress.export.qdq import lower
 from autocompress.export.storage import store_floats, store_integers
+from autocompress.export.weights import Kernels
 from tests.export.conftest import executed, kinds, run
 from tests.export.graphs import graph_of, linear, normal, seen, table
 
@@ -149,6 +150,19 @@ def test_sparse_integers_are_decoded_exactly_and_smaller(weight: np.ndarray) -> 
     assert len(data) < q.nbytes * 0.8
 
 
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("w8a32", 1), ("w4a32", 0.5), ("k4a32", 0.5)])
+@pytest.mark.parametrize("ratio", [0.5, 0.95])
+def test_zeros_take_a_bit_each_or_a_byte_for_what_is_left(precision: str, bytes_each: float, ratio: float) -> None:
+    weight, choice = sparse(ratio), replace(parse_precision(precision), sparsity=Sparsity(ratio=ratio))
+    data = to_bytes(lower(linear(weight), {"fc": choice}, {}, "minmax"))
+    left = 1 - ratio
+    least = min(left * (bytes_each + 1), left * bytes_each + 4 / 31)
+    assert len(data) < weight.size * least * 1.02 + 4500
+    (got,) = run(data, {"input": np.eye(200, dtype=np.float32)})
+    assert np.count_nonzero(got) <= np.count_nonzero(weight)
+    assert sqnr_db(weight, got.T) > 10
+
+
 @pytest.mark.parametrize("precision", ["k4a32", "k2a32", "k3a32", "k6a32", "p4a32", "s4a32"])
 @pytest.mark.parametrize("weight", [WEIGHT, sparse(0.7), sparse(0.95), normal(7, 11)], ids=["dense", "70", "95", "odd"])
 def test_a_codebook_has_that_many_values_and_is_decoded_exactly(precision: str, weight: np.ndarray) -> None:
@@ -172,7 +186,7 @@ def test_a_codebook_of_an_integer_layer_is_a_table_of_integers(
     stats = seen(X, X @ WEIGHT.T)
     choice = parse_precision(precision)
     model = linear(WEIGHT, np.zeros(256, np.float32))
-    data = to_bytes(lower(model, {"fc": choice}, stats, "minmax", kernel_bits=kernel_bits))
+    data = to_bytes(lower(model, {"fc": choice}, stats, "minmax", kernels=Kernels(bits=kernel_bits)))
     constants = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
     book = constants["fc.codebook"].astype(int)
     assert constants["fc.codebook"].dtype == np.int8
@@ -191,7 +205,20 @@ def test_k_means_is_nearer_than_even_steps_of_as_many_bits() -> None:
     assert ((means - weight) ** 2).mean() < 0.8 * ((even - weight) ** 2).mean()
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.1])
+@pytest.mark.parametrize("choice", ["w7a8", "k4a8"])
+def test_zeros_of_integer_layers_stay_in_the_file_where_kernels_need_them(choice: str) -> None:
+    weight = sparse(0.8)
+    sizes = []
+    for kernels in (Kernels(), Kernels(sparse=False)):
+        layers = {"fc": parse_precision(choice)}
+        data = to_bytes(lower(linear(weight), layers, seen(X, X @ weight.T), "minmax", kernels=kernels))
+        sizes.append((len(data), "CumSum" in kinds(data)))
+    (small, one), (large, other) = sizes
+    assert small < 0.85 * large
+    assert (one, other) == (True, False)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.02])
 def test_what_would_not_be_smaller_is_not_stored_sparse(ratio: float) -> None:
     model = linear(WEIGHT)
     store_floats(model.graph, model.graph[0], "fc", sparse(ratio), 32)
@@ -213,6 +240,7 @@ def test_decoding_happens_once_while_the_file_is_loaded(tmp_path: Path) -> None:
         stored(linear(WEIGHT), "w3a32"),
         stored(linear(WEIGHT), "k4a32"),
         stored(linear(sparse(0.9)), "k3a32"),
+        stored(linear(sparse(0.5)), "w8a32"),
     ):
         assert set(executed(data, tmp_path).values()) <= {"Gemm", "FusedGemm", "MatMul"}
 
