@@ -256,8 +256,8 @@ def test_uniform_is_one_policy_everywhere_and_has_a_value_for_every_variable(rat
 
 def test_executable_lowers_only_integer_layers_of_too_many_bits() -> None:
     profile = replace(PROFILE, integer_weight_bits=6)
-    assert [profile.executable(p) for p in ("w8a8", "w6a8", "w4a8", "w8a32", "fp32")] == [
-        "w6a8", "w6a8", "w4a8", "w8a32", "fp32",
+    assert [profile.executable(p) for p in ("w8a8", "w6a8", "w4a8", "w8a32", "fp32", "k8a8")] == [
+        "w6a8", "w6a8", "w4a8", "w8a32", "fp32", "k8a8",
     ]  # fmt: skip
 
 

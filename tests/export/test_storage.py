@@ -111,6 +111,13 @@ def test_a_table_is_stored_by_row_and_looked_up_in_float() -> None:
     assert len(data) < rows.nbytes / 2
 
 
+def test_rows_of_a_table_may_have_the_values_of_a_codebook() -> None:
+    rows, x = normal(128, 32), np.arange(10).reshape(2, 5)
+    (got,) = run(stored(table(rows), "k4a32"), {"input": x})
+    indices, book = codebook(rows, 4, "kmeans")
+    np.testing.assert_array_equal(got, book[indices][x])
+
+
 def sparse(ratio: float, shape: tuple[int, ...] = (256, 200)) -> np.ndarray:
     weight = normal(*shape)
     weight.reshape(-1)[np.random.default_rng(5).permutation(weight.size)[: int(ratio * weight.size)]] = 0
