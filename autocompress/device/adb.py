@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from autocompress.core.artifact import Artifact, sha256_of
+from autocompress.core.cascade import Cascade, Runnable
 from autocompress.core.errors import StageError, TargetError
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.profile import Profile
@@ -71,11 +72,18 @@ class AdbHost:
         """Accuracy is not the device's own."""
         return {"accuracy": NOT_COMPUTED}
 
-    def measure(self, artifacts: Sequence[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]:
-        """Latency of `artifacts[1:]` against `artifacts[0]`, taking turns; every turn is a fresh process anyway."""
+    def measure(
+        self, artifacts: Sequence[Runnable], inputs: Path, *, fresh: bool = False, rows: Sequence[int] = (0,)
+    ) -> list[Measurement]:
+        """Latency of `artifacts[1:]` against `artifacts[0]`, taking turns; every turn is a fresh process anyway.
+
+        Raises:
+            TargetError: there is a cascade among them.
+        """
+        files = [self._file(artifact) for artifact in artifacts]
         plan = self._profile.measure
         found, tool = self.fingerprint(), self._bench()
-        paths = [self._taken(Path(a.path), a.sha256) for a in artifacts]
+        paths = [self._taken(Path(a.path), a.sha256) for a in files]
         blocks: list[tuple[tuple[float, ...], ...]] = []
         begin = time.monotonic()
         while not done(blocks, plan, round((time.monotonic() - begin) * 1e9)):
@@ -85,7 +93,7 @@ class AdbHost:
             blocks.append(tuple(tuple(s) for s in samples))
         return measurements(artifacts, blocks, "wall", self._profile, found)
 
-    def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None:
+    def outputs(self, artifact: Runnable, inputs: Path, out: Path) -> None:
         """Run all items in LiteRT on this machine."""
         self._local.outputs(artifact, inputs, out)
 
@@ -97,10 +105,11 @@ class AdbHost:
         """Nothing: the tool does not tell."""
         return {}
 
-    def peak_memory(self, artifact: Artifact, inputs: Path) -> int:
+    def peak_memory(self, artifact: Runnable, inputs: Path) -> int:
         """Bytes that loading and running the file adds to the tool's process there, as the tool tells."""
+        file = self._file(artifact)
         self._connect()
-        path = self._taken(Path(artifact.path), artifact.sha256)
+        path = self._taken(Path(file.path), file.sha256)
         return max(1, round(self._told(self._bench(), path, _MEMORY) * 2**20))
 
     def energy(self, artifact: Artifact, inputs: Path) -> str:
@@ -156,6 +165,12 @@ class AdbHost:
             why = (state.stderr or state.stdout).strip()
             raise TargetError(f"{self._where}: the device is not there: {why}. `adb devices` lists those that are")
         self._reached = True
+
+    def _file(self, artifact: Runnable) -> Artifact:
+        if isinstance(artifact, Cascade):
+            said = "a cascade cannot be measured by adb: benchmark_model runs one file on inputs of its own"
+            raise TargetError(f"{self._where}: {said}; pick one point instead")
+        return artifact
 
     def _bench(self) -> str:
         """Path of the tool on the device."""

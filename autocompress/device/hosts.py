@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from autocompress.core.artifact import Artifact
+from autocompress.core.cascade import Runnable
 from autocompress.core.errors import InputError
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.profile import Profile
@@ -31,10 +32,12 @@ class Host(Protocol):
     def reasons(self) -> Mapping[str, str]:
         """What of a score is not of the device itself, by the name of the figure, and why."""
 
-    def measure(self, artifacts: Sequence[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]:
-        """Latency of `artifacts[1:]` against `artifacts[0]`, all interleaved in one process."""
+    def measure(
+        self, artifacts: Sequence[Runnable], inputs: Path, *, fresh: bool = False, rows: Sequence[int] = (0,)
+    ) -> list[Measurement]:
+        """Latency of `artifacts[1:]` against `artifacts[0]`, all interleaved in one process, over these items."""
 
-    def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None:
+    def outputs(self, artifact: Runnable, inputs: Path, out: Path) -> None:
         """Run all items; write `out/<output name>.npy`."""
 
     def executed(self, artifact: Artifact, inputs: Path) -> dict[str, str] | None:
@@ -43,7 +46,7 @@ class Host(Protocol):
     def diagnose(self, artifact: Artifact, inputs: Path) -> dict[str, str]:
         """What the runtime noticed of how the file runs; empty where it tells nothing."""
 
-    def peak_memory(self, artifact: Artifact, inputs: Path) -> int:
+    def peak_memory(self, artifact: Runnable, inputs: Path) -> int:
         """Bytes that loading and running the file adds to a fresh process."""
 
     def energy(self, artifact: Artifact, inputs: Path) -> float | str:

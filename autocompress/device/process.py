@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from autocompress.core.artifact import Artifact
+from autocompress.core.cascade import Runnable
 from autocompress.core.errors import InputError, StageError, TargetError
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.profile import Profile
@@ -189,20 +190,26 @@ class WorkerHost:
         """Nothing: all figures are the device's own."""
         return {}
 
-    def measure(self, artifacts: Sequence[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]:
-        """Latency of `artifacts[1:]` against `artifacts[0]`, all interleaved in one process, item 0 as batch of one.
+    def measure(
+        self, artifacts: Sequence[Runnable], inputs: Path, *, fresh: bool = False, rows: Sequence[int] = (0,)
+    ) -> list[Measurement]:
+        """Latency of `artifacts[1:]` against `artifacts[0]`, all interleaved in one process, as batches of one.
 
         Args:
             fresh: in a process that has done nothing before.
+            rows: the items that are run, one after another, for a sample.
         """
         plan = self._profile.measure
-        job = self._job("measure", artifacts, inputs) | {"plan": to_json(plan)}
+        job = self._job("measure", artifacts, inputs) | {"plan": to_json(plan), "rows": list(rows)}
         result = self._in_fresh(job) if fresh else self._ask(job)
         found = from_json(Fingerprint, result["fingerprint"])
         return measurements(artifacts, result["blocks"], result["clock"], self._profile, found)
 
-    def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None:
-        """Run all items on all cores; write `out/<output name>.npy`, items along the first axis, all finite."""
+    def outputs(self, artifact: Runnable, inputs: Path, out: Path) -> None:
+        """Run all items on all cores; write `out/<output name>.npy`, items along the first axis, all finite.
+
+        Of a cascade, LARGE is among the outputs.
+        """
         self._ask(self._job("outputs", [artifact], inputs) | {"out": str(out.absolute())})
 
     def executed(self, artifact: Artifact, inputs: Path) -> dict[str, str] | None:
@@ -214,7 +221,7 @@ class WorkerHost:
         """What the runtime noticed of how the file runs (see `TellsDiagnosis`); empty where it tells nothing."""
         return {str(k): str(v) for k, v in self._ask(self._job("diagnose", [artifact], inputs)).items()}
 
-    def peak_memory(self, artifact: Artifact, inputs: Path) -> int:
+    def peak_memory(self, artifact: Runnable, inputs: Path) -> int:
         """Bytes that loading and running the file adds to a fresh process with the runtime imported, at the peak."""
         return int(self._in_fresh(self._job("memory", [artifact], inputs)))
 
@@ -254,7 +261,7 @@ class WorkerHost:
         """The result of a job whose paths are ours."""
         return worker.ask(job)
 
-    def _job(self, name: str, artifacts: Sequence[Artifact], inputs: Path) -> dict[str, Any]:
+    def _job(self, name: str, artifacts: Sequence[Runnable], inputs: Path) -> dict[str, Any]:
         return {
             "job": name,
             "runtime": self._profile.runtime,
@@ -277,7 +284,7 @@ class WorkerHost:
 
 
 def measurements(
-    artifacts: Sequence[Artifact], blocks: Any, clock: Any, profile: Profile, fingerprint: Fingerprint
+    artifacts: Sequence[Runnable], blocks: Any, clock: Any, profile: Profile, fingerprint: Fingerprint
 ) -> list[Measurement]:
     """The measurement of each of `artifacts[1:]` from blocks of samples, milliseconds, in the order of `artifacts`.
 

@@ -115,6 +115,8 @@ class SshHost(WorkerHost):
         return found
 
     def _taken(self, worker: WorkerProcess, artifact: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "rule" in artifact:
+            return {**artifact, **{name: self._taken(worker, artifact[name]) for name in ("small", "large")}}
         path = Path(artifact["path"])
         name = f"models/{artifact['sha256']}{path.suffix}"
         self._push(worker, path, artifact["sha256"], name)

@@ -8,6 +8,7 @@ Standard output belongs to the protocol: what a runtime prints goes to standard 
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -26,10 +27,12 @@ from typing import Any, TextIO
 import numpy as np
 
 from autocompress.core.artifact import Artifact, sha256_of
+from autocompress.core.cascade import Cascade, Runnable, files_of, runnable_from_json
 from autocompress.core.errors import AutocompressError, StageError, TargetError
 from autocompress.core.measurement import Fingerprint, MeasurePlan
 from autocompress.core.record import from_json, to_json
 from autocompress.device import files, meters
+from autocompress.device.cascade import CascadeSession
 from autocompress.device.fingerprint import Machine, fingerprint, usable_cores
 from autocompress.device.inputs import Inputs
 from autocompress.device.lock import measuring_lock
@@ -39,6 +42,8 @@ from autocompress.device.timing import CLOCKS, clock_name, interleave
 KEPT_SESSIONS = 4
 MEMORY_RUNS = 5
 ENERGY_S = 1.0
+# A sample of several items is longer: so many times longer may they be measured, at most.
+LONGEST = 10
 
 Report = Callable[[str], None]
 
@@ -65,13 +70,13 @@ class Worker:
         if job["job"] == "fingerprint":
             return self._fingerprint(job["runtime"], job["options"])
         options: Options = job["options"]
-        artifacts = [from_json(Artifact, a) for a in job["artifacts"]]
+        artifacts = [runnable_from_json(a) for a in job["artifacts"]]
         with self._stage("load"):
             inputs = Inputs(Path(job["inputs"]), {spec.name: np.dtype(spec.dtype) for spec in artifacts[0].inputs})
         if job["job"] == "measure":
             plan = from_json(MeasurePlan, job["plan"])
             with measuring_lock(lambda: self.report("wait")):
-                return self._measure(job["runtime"], artifacts, inputs, options, plan)
+                return self._measure(job["runtime"], artifacts, inputs, options, plan, job["rows"])
         if job["job"] == "executed":
             return self._executed(self._session(job["runtime"], artifacts[0], options), inputs)
         if job["job"] == "diagnose":
@@ -87,21 +92,31 @@ class Worker:
         raise ValueError(f"no job {job['job']!r}")
 
     def _measure(
-        self, runtime: str, artifacts: list[Artifact], inputs: Inputs, options: Options, plan: MeasurePlan
+        self,
+        runtime: str,
+        artifacts: list[Runnable],
+        inputs: Inputs,
+        options: Options,
+        plan: MeasurePlan,
+        rows: list[int],
     ) -> dict[str, Any]:
         if emulator := Machine().emulator:
             raise TargetError(f"{emulator} plays the processor here: latency under emulation is no measurement")
         sessions = [self._session(runtime, a, options, keep=len(artifacts)) for a in artifacts]
         with self._stage("measure"):
-            calls = [s.bind(inputs.first) for s in sessions]
+            calls = [_bound(s, inputs, rows) for s in sessions]
             for artifact, call in zip(artifacts, calls, strict=True):
                 _check_finite(call(), "measure", Path(artifact.path).name)
             clock = clock_name(plan)
-            blocks = interleave(calls, plan, CLOCKS[clock])
+            longer = dataclasses.replace(plan, max_duration_s=plan.max_duration_s * min(len(rows), LONGEST))
+            blocks = [
+                [[sample / len(rows) for sample in turn] for turn in block]
+                for block in interleave(calls, longer, CLOCKS[clock])
+            ]
         return {"clock": clock, "blocks": blocks, "fingerprint": self._fingerprint(runtime, options)}
 
     def _outputs(
-        self, runtime: Runtime, artifact: Artifact, inputs: Inputs, out: Path, options: Options
+        self, runtime: Runtime, artifact: Runnable, inputs: Inputs, out: Path, options: Options
     ) -> dict[str, list[int]]:
         batch = inputs.batch if artifact.dynamic_batch else 1
         starts = deque(range(0, inputs.count, batch))
@@ -160,7 +175,9 @@ class Worker:
             session.run(inputs.first)
             return dict(session.diagnosis())
 
-    def _memory(self, runtime: str, artifact: Artifact, inputs: Inputs, options: Options) -> int:
+    def _memory(self, runtime: str, artifact: Runnable, inputs: Inputs, options: Options) -> int:
+        if isinstance(artifact, Cascade):
+            artifact = artifact.in_full
         verify(artifact)
         item = inputs.first
         added = meters.memory_added(runtime, options)
@@ -192,7 +209,7 @@ class Worker:
             self.runtimes[name] = runtime
         return self.runtimes[name]
 
-    def _session(self, runtime: str, artifact: Artifact, options: Options, keep: int = 0) -> Session:
+    def _session(self, runtime: str, artifact: Runnable, options: Options, keep: int = 0) -> Session:
         key = (artifact.key, json.dumps([runtime, dict(options)], sort_keys=True))
         if key not in self.sessions:
             verify(artifact)
@@ -202,7 +219,10 @@ class Worker:
             self.sessions.popitem(last=False)[1].close()
         return self.sessions[key]
 
-    def _load(self, runtime: Runtime, artifact: Artifact, options: Options) -> Session:
+    def _load(self, runtime: Runtime, artifact: Runnable, options: Options) -> Session:
+        if isinstance(artifact, Cascade):
+            small, large = (self._load(runtime, file, options) for file in files_of(artifact))
+            return CascadeSession(small, large, artifact.rule)
         with self._stage("load"):
             return runtime.load(Path(artifact.path), {**options, **artifact.options})
 
@@ -225,8 +245,28 @@ class Worker:
             raise StageError(stage, text) from error
 
 
-def verify(artifact: Artifact) -> None:
-    """Raise StageError unless the file is there with the bytes that were written."""
+def _bound(session: Session, inputs: Inputs, rows: list[int]) -> Callable[[], Mapping[str, Array]]:
+    """A function that runs these items one after another and returns the last one's outputs."""
+    calls = [session.bind(inputs.items(row, row + 1)) for row in rows]
+    if len(calls) == 1:
+        return calls[0]
+    *others, last = calls
+
+    def run() -> Mapping[str, Array]:
+        for call in others:
+            call()
+        return last()
+
+    return run
+
+
+def verify(what: Runnable) -> None:
+    """Raise StageError unless each file is there with the bytes that were written."""
+    for artifact in files_of(what):
+        _verify_file(artifact)
+
+
+def _verify_file(artifact: Artifact) -> None:
     path = Path(artifact.path)
     if not path.is_file():
         raise StageError("load", f"there is no file {path}: it was moved or removed since it was written")
