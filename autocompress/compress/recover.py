@@ -176,6 +176,7 @@ class _Training:
         if self._four_d:
             self._student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._student.eval().requires_grad_(False)
+        self._student.zero_grad(set_to_none=True)
 
     def _loss(self, rows: NDArray[np.int64]) -> Tensor:
         material, lesson = self._material, self._how.distill

@@ -151,3 +151,15 @@ def test_a_range_that_is_not_finite_fails_and_names_the_tensor(low: float, high:
     stats = ActivationStats(low=low, high=high, sample=np.zeros(4, np.float32))
     with pytest.raises(StageError, match=f"activation 'relu_3' ranges from {low} to {high} on the calibration data"):
         activation_scale(stats, "minmax", "relu_3")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_entropy_clips_a_heavy_tail_and_keeps_an_even_range(bits: int) -> None:
+    random = np.random.default_rng(0)
+    tail = np.maximum(random.standard_t(2.5, size=20000), 0).astype(np.float32)
+    even = random.uniform(-1, 1, 20000).astype(np.float32)
+    for values, clips in ((tail, True), (even, False)):
+        stats = ActivationStats(low=float(values.min()), high=float(values.max()), sample=values)
+        widest, found = (activation_scale(stats, c, "x", bits).scale for c in ("minmax", "entropy"))
+        assert (found < 0.8 * widest) == clips
+        assert clips or found == pytest.approx(widest)

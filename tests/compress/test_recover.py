@@ -1,101 +1,193 @@
 import copy
-from collections.abc import Iterator
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from autocompress.compress.recover import distillation_loss, outputs_of, recover
+from autocompress.compress.cut import cut
+from autocompress.compress.layers import describe
+from autocompress.compress.material import Material
+from autocompress.compress.recover import has_bfloat16, train
+from autocompress.compress.settle import settle_batchnorm
+from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
+from autocompress.core.recipe import Distill, Train
+from autocompress.tasks import digits
 from tests import nets
 from tests.compress.conftest import same, state_of
+from tests.compress.materials import of_tensors
+
+LABELS = Train(distill=Distill(kind="none"))
 
 
-def batches(seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    while True:
-        yield nets.rows(32, seed=seed)
-        seed += 1
+@pytest.fixture(scope="module")
+def original() -> nn.Module:
+    return digits.model().requires_grad_(False)
 
 
-def pair() -> tuple[nn.Module, nn.Module]:
-    """A teacher, and a copy of it with noise in its weights."""
-    teacher = nets.seeded(nets.perceptron)
-    student = copy.deepcopy(teacher)
-    for i, parameter in enumerate(student.parameters()):
-        parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    return teacher, student
+@pytest.fixture(scope="module")
+def few(original: nn.Module) -> Material:
+    """A hundred labelled digits."""
+    images, labels = digits.split()["train"].tensors
+    return of_tensors(images[:100], labels[:100], F.cross_entropy)
 
 
-def loss(student: nn.Module, teacher: nn.Module, *, classifies: bool) -> float:
-    x = nets.rows(512, seed=10_000)
+@pytest.fixture(scope="module")
+def narrow(original: nn.Module, few: Material) -> nn.Module:
+    """The digits network at half its widths, untrained."""
+    batch = few.fetch([0, 1])[0]
+    _, anatomy = describe(original, lambda model: few.call(model, batch))
+    widths = {g.name: g.width // 2 for g in anatomy.groups}
+    made = cut(original, anatomy, Candidate(widths=widths), before=Candidate())
+    settle_batchnorm(made, few.call, (b for b, _ in few.calibration(100, 50)))
+    return made
+
+
+def accuracy(net: nn.Module) -> float:
+    images, labels = digits.split()["validation"].tensors
     with torch.no_grad():
-        got, wanted = (outputs_of(nets.positional(net, x)) for net in (student, teacher))
-        return float(distillation_loss(got, wanted, classifies=classifies))
+        return float((net(images).argmax(1) == labels).float().mean())
 
 
-@pytest.mark.parametrize("classifies", [True, False])
-def test_recovery_lowers_the_loss_on_items_it_never_saw(classifies: bool) -> None:
-    teacher, student = pair()
-    before = loss(student, teacher, classifies=classifies)
-    recover(student, teacher, nets.positional, batches(), steps=60, classifies=classifies)
-    assert loss(student, teacher, classifies=classifies) < 0.5 * before
+def trained(net: nn.Module, how: Train, material: Material, teacher: nn.Module, **more: Any) -> nn.Module:
+    net = copy.deepcopy(net)
+    given: dict[str, Any] = {"teachers": [teacher], "steps": 40, "seed": 0}
+    train(net, how, material, **{**given, **more})
+    return net
 
 
-def test_recovery_is_the_same_each_time() -> None:
-    states = []
-    for _ in range(2):
-        teacher, student = pair()
-        recover(student, teacher, nets.positional, batches(), steps=5, classifies=True)
-        states.append(state_of(student))
-    assert same(*states)
+def test_with_a_teacher_the_same_steps_on_few_items_give_more(
+    narrow: nn.Module, few: Material, original: nn.Module
+) -> None:
+    before = state_of(original)
+    taught, alone = (trained(narrow, how, few, original) for how in (Train(), LABELS))
+    assert accuracy(taught) > accuracy(alone) + 0.01
+    assert accuracy(taught) > accuracy(narrow) + 0.1
+    assert same(original.state_dict(), before)
 
 
-def test_the_teacher_is_not_trained() -> None:
-    teacher, student = pair()
-    before = state_of(teacher)
-    recover(student, teacher, nets.positional, batches(), steps=3, classifies=True)
-    assert same(teacher.state_dict(), before)
-    assert all(p.grad is None for p in teacher.parameters())
+@pytest.mark.parametrize("kind", ["features", "attention"])
+def test_features_of_another_width_are_learned_from(
+    kind: Any, narrow: nn.Module, few: Material, original: nn.Module
+) -> None:
+    how = Train(distill=Distill(kind=kind))
+    made = trained(narrow, how, few, original, steps=20)
+    assert accuracy(made) > accuracy(narrow) + 0.05
+    assert made.state_dict().keys() == narrow.state_dict().keys()
+    assert not same(made.state_dict(), trained(narrow, Train(), few, original, steps=20).state_dict())
+    assert not any(module._forward_hooks for module in (*made.modules(), *original.modules()))
 
 
-def test_what_must_hold_is_called_after_each_step() -> None:
-    teacher, student = pair()
-    seen = []
-    recover(
-        student, teacher, nets.positional, batches(), steps=4, classifies=True,
-        after_step=lambda: seen.append(student[0].weight.detach().clone()),
-    )  # fmt: skip
-    assert len(seen) == 4
-    assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[-1], student[0].weight)
+def test_no_labels_are_needed_to_learn_from_a_teacher(narrow: nn.Module, few: Material, original: nn.Module) -> None:
+    unlabelled = replace(few, loss=None)
+    one, other = (trained(narrow, Train(), given, original, steps=3) for given in (unlabelled, few))
+    assert same(one.state_dict(), other.state_dict())
+    for lesson in (Distill(kind="none"), Distill(weight=0.5)):
+        with pytest.raises(StageError, match="learns from labels, but the loss takes no targets") as caught:
+            trained(narrow, Train(distill=lesson), unlabelled, original)
+        assert caught.value.stage == "recover"
 
 
-def test_a_loss_that_is_not_finite_fails_in_its_stage() -> None:
-    teacher, student = pair()
-    student[0].weight[0, 0] = float("nan")
-    with pytest.raises(StageError, match="the distillation loss is nan at step 0") as caught:
-        recover(student, teacher, nets.positional, batches(), steps=3, classifies=True)
+def test_equal_seeds_give_equal_weights_to_the_bit(narrow: nn.Module, few: Material, original: nn.Module) -> None:
+    one, again, other = (trained(narrow, Train(), few, original, steps=5, seed=s) for s in (1, 1, 2))
+    assert same(one.state_dict(), again.state_dict())
+    assert not same(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("teachers", ["mean", "confident", "self"])
+def test_several_teachers_teach_otherwise_than_one(
+    teachers: Any, narrow: nn.Module, few: Material, original: nn.Module
+) -> None:
+    contrary = nets.seeded(lambda: copy.deepcopy(narrow))
+    how = Train(distill=Distill(teachers=teachers))
+    made = trained(narrow, how, few, original, teachers=[original, contrary], steps=8)
+    alone = trained(narrow, Train(), few, original, teachers=[original, contrary], steps=8)
+    assert not same(made.state_dict(), alone.state_dict())
+
+
+def test_an_assistant_is_taught_first_and_teaches_then(narrow: nn.Module, few: Material, original: nn.Module) -> None:
+    asked: list[float] = []
+    told: list[tuple[int, int]] = []
+    assistant = copy.deepcopy(narrow)
+    before = state_of(assistant)
+
+    def resize(ratio: float) -> nn.Module:
+        asked.append(ratio)
+        return assistant
+
+    how = Train(distill=Distill(assistants=(0.7,)))
+    trained(narrow, how, few, original, steps=9, resize=resize, progress=lambda step, of, _: told.append((step, of)))
+    assert asked == [0.7]
+    assert not same(assistant.state_dict(), before)
+    assert told == [(i, 4) for i in range(1, 5)] + [(i, 5) for i in range(1, 6)]
+    with pytest.raises(StageError, match="assistants need a model that can be cut"):
+        trained(narrow, how, few, original)
+
+
+def test_patience_keeps_the_best_weights_it_saw(narrow: nn.Module, few: Material, original: nn.Module) -> None:
+    values = itertools.chain([0.3, 0.9, 0.5, 0.6, 0.7], itertools.repeat(0.0))
+    seen: list[dict[str, Tensor]] = []
+
+    def validate(net: nn.Module) -> float:
+        seen.append(state_of(net))
+        return next(values)
+
+    net = copy.deepcopy(narrow)
+    looking = replace(few, validate=validate)
+    done = train(net, Train(patience=3), looking, teachers=[original], steps=20, seed=0)
+    assert (done.steps, done.best, done.stopped) == (10, 0.9, "patience")
+    assert same(net.state_dict(), seen[1])
+
+
+def test_seconds_end_a_training(narrow: nn.Module, few: Material, original: nn.Module) -> None:
+    done = train(copy.deepcopy(narrow), Train(seconds=1e-6), few, teachers=[original], steps=50, seed=0)
+    assert (done.steps, done.stopped) == (1, "seconds")
+
+
+def test_a_loss_that_is_not_finite_is_a_failure_of_recovery(few: Material, original: nn.Module) -> None:
+    broken = copy.deepcopy(original)
+    next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(StageError, match=r"the loss is nan at step 1: lower `learning_rate`") as caught:
+        trained(broken, Train(), few, original)
     assert caught.value.stage == "recover"
 
 
-def test_equal_outputs_have_no_loss_and_others_do() -> None:
-    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    for classifies in (True, False):
-        assert float(distillation_loss([logits], [logits], classifies=classifies)) == pytest.approx(0, abs=1e-6)
-        assert float(distillation_loss([logits.flip(1)], [logits], classifies=classifies)) > 0.01
-    shifted = logits + 3
-    assert float(distillation_loss([shifted], [logits], classifies=True)) == pytest.approx(0, abs=1e-5)
-    assert float(distillation_loss([shifted], [logits], classifies=False)) > 1
+def test_a_trained_model_is_left_as_a_model_is_left(narrow: nn.Module, few: Material, original: nn.Module) -> None:
+    for optimizer in ("auto", "sgd", "adamw"):
+        made = trained(narrow, Train(optimizer=optimizer), few, original, steps=2)  # type: ignore[arg-type]
+        assert not any(module.training for module in made.modules())
+        assert all(p.is_contiguous() and not p.requires_grad and p.grad is None for p in made.parameters())
+        assert not same(made.state_dict(), narrow.state_dict())
 
 
-def test_squared_error_does_not_depend_on_the_outputs_unit() -> None:
-    rng = torch.Generator().manual_seed(0)
-    got, wanted = torch.randn(64, 3, generator=rng), torch.randn(64, 3, generator=rng)
-    small, large = (float(distillation_loss([k * got], [k * wanted], classifies=False)) for k in (0.1, 100.0))
-    assert small == pytest.approx(large, rel=1e-4)
+def test_a_teachers_answers_are_found_again_on_the_disk(
+    narrow: nn.Module, few: Material, original: nn.Module, tmp_path: Path
+) -> None:
+    runs: list[int] = []
+    handle = original.register_forward_hook(lambda *_: runs.append(1))
+    first = trained(narrow, Train(), few, original, steps=4, cache=tmp_path)
+    asked = len(runs)
+    second = trained(narrow, Train(), few, original, steps=4, cache=tmp_path)
+    handle.remove()
+    assert 0 < asked == len(runs)
+    assert same(first.state_dict(), second.state_dict())
 
 
-def test_outputs_are_all_floating_tensors_in_order_however_held() -> None:
-    a, b, n = torch.zeros(2), torch.ones(2), torch.ones(2, dtype=torch.int64)
-    assert [id(t) for t in outputs_of({"x": a, "y": (n, [b])})] == [id(a), id(b)]
-    assert outputs_of(n) == []
+def test_outputs_that_are_no_logits_are_matched_by_their_squared_error() -> None:
+    teacher, student = (nets.seeded(lambda: nn.Linear(6, 2), seed=s).requires_grad_(False) for s in (0, 1))
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    material = of_tensors(x, torch.zeros(64))
+    before = F.mse_loss(student(x), teacher(x))
+    train(student, Train(optimizer="sgd", learning_rate=0.2), material, teachers=[teacher], steps=60, seed=0)
+    assert F.mse_loss(student(x), teacher(x)) < 0.05 * before
+
+
+def test_bfloat16_is_what_the_processor_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, has in (("flags : avx2 fma", False), ("flags : avx512f avx512_bf16", True)):
+        monkeypatch.setattr(Path, "read_text", lambda _, flags=flags: f"model name : x\n{flags}\n")
+        assert has_bfloat16(torch.device("cpu")) == has
