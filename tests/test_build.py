@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.build import Builder, Stopwatch
+from autocompress.compress.qat import Aware
+from autocompress.compress.quantize import Learned
 from autocompress.compress.width import cut_widths
 from autocompress.config import load_profile
 from autocompress.core.artifact import Artifact, sha256_of
 from autocompress.core.candidate import Candidate, LayerChoice, Sparsity, parse_precision
 from autocompress.core.errors import StageError, TargetError, TaskError
-from autocompress.core.recipe import Recipe
+from autocompress.core.recipe import Quantize, Recipe, Stage, Train
 from autocompress.export.parity import float_difference, run_onnx, sqnr_db
 from autocompress.task import CheckedTask
 from tests import nets, tiny
@@ -262,3 +264,22 @@ def test_seconds_of_a_stage_add_up() -> None:
         pass
     assert list(watch.seconds) == ["a", "b"]
     assert watch.seconds["a"] > watch.seconds["b"] >= 0
+
+
+def test_a_file_gives_what_was_simulated_in_training(
+    builder: Builder, task: CheckedTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated: list[np.ndarray] = []
+    finish = Aware.finish
+
+    def looked_at(aware: Aware) -> Learned:
+        simulated.append(torch_outputs(aware.model, task, 64))
+        return finish(aware)
+
+    monkeypatch.setattr(Aware, "finish", looked_at)
+    stages = (Stage(name="aware", quantize=Quantize(aware=True), train=Train(batch_size=16, optimizer="adamw")),)
+    candidate = Candidate(layers=all_layers("w4a8"), recipe=Recipe(recover_steps=6, stages=stages))
+    trained = outputs(build(builder, candidate)[0], task, 64)
+    rounded = outputs(build(builder, replace(candidate, recipe=Recipe()))[0], task, 64)
+    assert sqnr_db(simulated[0], trained) > 30
+    assert sqnr_db(simulated[0], rounded) < 25
