@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from autocompress.compress.quantize import PERCENTILE, ActivationStats, Learned, quantize_weight
+from autocompress.compress.quantize import PERCENTILE, ActivationStats, Learned, activation_scale, quantize_weight
 from autocompress.core.candidate import FloatPrecision, LayerChoice
 from autocompress.core.errors import StageError
 from autocompress.core.recipe import Calibrator
@@ -152,8 +152,8 @@ def _scale(
     form: _Form,
     floats: FloatPrecision,
 ) -> NDArray[np.float32]:
-    """The scale of an activation, as the precision holds it: of its true extremes, of a percentile, or with the least
-    squared error.
+    """The scale of an activation, as the precision holds it: of its true extremes, of a percentile, with the least
+    squared error, or with the least divergence.
     """
     seen = stats.get(str(value.name))
     if seen is None:
@@ -165,6 +165,9 @@ def _scale(
         )
     if calibrator == "percentile":
         top = min(top, float(np.percentile(np.abs(seen.sample), PERCENTILE)))
+    if calibrator == "entropy":  # of magnitudes, which have the 127 upper values of eight bits
+        magnitudes = ActivationStats(low=0.0, high=top, sample=np.abs(seen.sample))
+        top = 127 * activation_scale(magnitudes, calibrator, str(value.name), bits=7).scale
     scale = positive(np.array(top / form.top), floats)
     if calibrator == "mse":
         scales = [positive(np.array(top * s / form.top), floats) for s in _SHRINKS]

@@ -61,7 +61,7 @@ def test_eight_bits_of_all_layers_are_near_float(exported: Get, name: str, diale
     assert worst(case, data) > (25 if dialect == "int8" else 18)
 
 
-@pytest.mark.parametrize("calibrator", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("calibrator", ["minmax", "percentile", "mse", "entropy"])
 def test_every_calibrator_finds_a_range(exported: Get, calibrator: Calibrator) -> None:
     case = exported("residual")
     assert worst(case, lowered(case, eight(case), calibrator=calibrator)) > 20
@@ -313,3 +313,14 @@ def test_four_bits_on_a_learned_grid_are_its_integers() -> None:
 def test_what_tensorrt_has_no_form_of_is_refused(precision: str, why: str) -> None:
     with pytest.raises(StageError, match=f"TensorRT has no {precision} for 'fc', a Gemm: it .*{why}"):
         lower_symmetric(linear(normal(4, 8)), {"fc": parse_precision(precision)}, {}, "minmax", dialect="int8")
+
+
+def test_entropy_clips_what_few_values_reach() -> None:
+    x = np.append(normal(20_000), np.float32(40)).reshape(-1, 1)
+    weight = normal(4, 1)
+    scales = {}
+    for calibrator in ("minmax", "entropy"):
+        stats = seen(x, x @ weight.T)
+        model = lower_symmetric(linear(weight), {"fc": W8A8}, stats, calibrator, dialect="int8")
+        scales[calibrator] = float(constants(onnx.load_from_string(to_bytes(model)))["input.scale"])
+    assert scales["entropy"] < 0.8 * scales["minmax"]
