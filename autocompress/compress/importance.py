@@ -13,7 +13,8 @@ from autocompress.compress.outputs import outputs_of
 from autocompress.compress.width import ChannelGroup
 from autocompress.core.recipe import Importance
 
-ITEMS = 256  # calibration items that gradients and activations are looked at on
+ITEMS = 256  # calibration items that channels are looked at on
+FEWER = 128  # single weights: that is done many times while zeros grow
 BATCH = 16  # items a forward
 Look = Callable[[str, nn.Module, Tensor], Tensor | None]
 
@@ -53,7 +54,7 @@ def taylor(model: nn.Module, material: Material) -> dict[str, Tensor]:
     model = copy.deepcopy(model).cpu().eval()
     parameters = {n: p.requires_grad_(True) for n, p in model.named_parameters() if p.is_floating_point()}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for batch, targets in material.calibration(ITEMS, BATCH):
+    for batch, targets in material.calibration(FEWER, BATCH):
         output = material.call(model, batch)
         if material.loss is not None and targets is not None:
             loss = material.loss(output, targets)

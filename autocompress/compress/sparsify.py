@@ -13,7 +13,7 @@ from autocompress.core.errors import StageError
 
 Saliency = Literal["magnitude", "gradient"]
 RAMP = 0.75  # of the steps; in the rest of them the weights that are left train
-UPDATES = 32  # how often masks are chosen anew on the way
+UPDATES = 16  # how often masks are chosen anew on the way
 
 
 def masks(
