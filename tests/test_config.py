@@ -59,10 +59,11 @@ def test_every_shipped_space_loads_and_resolves_on_every_shipped_profile(name: s
 
 
 def test_the_four_spaces_differ_in_what_they_vary() -> None:
-    assert space_names() == ("default", "prune-and-quantize", "quantize-only", "transformer")
+    assert space_names() == ("default", "everything", "prune-and-quantize", "quantize-only", "transformer")
     assert not load_space("quantize-only").widths
     assert [name for name in space_names() if any(r.sparsities for r in load_space(name).layers)] == [
-        "prune-and-quantize"
+        "everything",
+        "prune-and-quantize",
     ]
 
 
