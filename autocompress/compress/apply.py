@@ -198,15 +198,18 @@ class _Pipeline:
             anatomy = setting.by(self._importance) if target.widths else setting.anatomy
             cut_before = state.at
             state.model = cut(state.model, anatomy, target, before=cut_before)
+            fitted = {}
             if how.reconstruct and target.student is None and target.widths != cut_before.widths:
-                reconstruct(state.model, setting.original, anatomy.groups, target.widths, material)
+                fitted = reconstruct(state.model, setting.original, anatomy.groups, target.widths, material)
             changed = target.shape_key != cut_before.shape_key
             state.at, state.part, state.learned = target, part, Learned()
             if changed or how.schedule == "at-once":
                 arrived = part if how.schedule == "at-once" else 0.0
                 state.masks = self._masks(state, how, arrived) if arrived else {}
                 hold(state.model, state.masks)
-        if changed:
+        # Fitted layers give what the original's BatchNorms know: on fashion_resnet at half the width settling took 0.6
+        # points away. After zeros it gave 67 of them (70 % in each layer).
+        if (changed and not fitted) or (how.schedule == "at-once" and state.masks):
             with self._watch("settle"):
                 batches = material.calibration(SETTLE_ITEMS, SETTLE_BATCH)
                 settle_batchnorm(state.model, material.call, (batch for batch, _ in batches))

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,31 @@ def test_settling_after_a_cut_wins_back_accuracy(trained: tuple[Described, Tenso
         unsettled = share(raw(images).argmax(1), labels)
         settled = share(applied(case, Candidate(widths=widths))(images).argmax(1), labels)
     assert settled > unsettled + 0.1
+
+
+def test_settling_after_zeros_wins_back_accuracy(trained: tuple[Described, Tensor, Tensor]) -> None:
+    case, images, labels = trained
+    made = applied(case, Candidate(layers=sparse(0.7, *(layer.name for layer in case.structure.layers))))
+    unsettled = copy.deepcopy(case.net)
+    unsettled.load_state_dict({n: p for n, p in made.state_dict().items() if "running" not in n}, strict=False)
+    with torch.no_grad():
+        lost = share(unsettled(images).argmax(1), labels)
+        assert share(made(images).argmax(1), labels) > lost + 0.1
+
+
+def test_a_cut_whose_layers_are_fitted_answers_better_and_keeps_the_statistics(
+    trained: tuple[Described, Tensor, Tensor],
+) -> None:
+    case, images, labels = trained
+    fitting = Recipe(stages=(Stage(name="cut", prune=Prune(reconstruct=True)),))
+    settled, fitted = (applied(case, Candidate(widths=halves(case), recipe=r)) for r in (Recipe(), fitting))
+    with torch.no_grad():
+        assert share(fitted(images).argmax(1), labels) > share(settled(images).argmax(1), labels) + 0.05
+    order = case.anatomy.groups[0]
+    kept = sorted(set(range(order.width)) - order.removed(halves(case)[order.name]))
+    norm = next(c.module for c in order.cuts if isinstance(case.net.get_submodule(c.module), nn.BatchNorm2d))
+    before, after = (net.get_submodule(norm).running_mean for net in (case.net, fitted))
+    assert torch.equal(after, before[kept])
 
 
 def test_recovery_agrees_more_with_the_original_than_the_same_cut_without(
