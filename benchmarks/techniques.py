@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -157,7 +158,10 @@ def device_profile(target: str) -> tuple[Profile, LocalHost]:
 
 
 def one(row: Row, seed: int, reference: str, work: Path) -> dict[str, Any]:
-    """Build a row's file and score it; the line for the results."""
+    """Build a row's file and score it; the line for the results.
+
+    Its packed bytes are those after zlib: what zeros and repeated values save where the format has no form for them.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -178,9 +182,11 @@ def one(row: Row, seed: int, reference: str, work: Path) -> dict[str, Any]:
         used = _cpu_s() - before
         accuracy = {split: score(task, host, artifact, split, work) for split in SPLITS}
         facts = dict(host.fingerprint().facts)
+    packed = len(zlib.compress(Path(artifact.path).read_bytes(), 9))
+    artifact = dataclasses.replace(artifact, path=str(Path(artifact.path).relative_to(work)))
     return {
         "row": row.key, "seed": seed, **accuracy, "bytes": artifact.size_bytes,
-        "packed": _packed(Path(artifact.path)), "seconds": {k: round(s, 2) for k, s in watch.seconds.items()},
+        "packed": packed, "seconds": {k: round(s, 2) for k, s in watch.seconds.items()},
         "cpu_s": round(used, 2), "notes": notes, "artifact": to_json(artifact), "cpu": facts["cpu_model"],
     }  # fmt: skip
 
@@ -191,13 +197,6 @@ def score(task: CheckedTask, host: LocalHost, artifact: Artifact, split: str, wo
         host.outputs(artifact, work / "data" / split, Path(out))
         outputs = task.unflatten(read_outputs(Path(out), task.outputs.names))
         return task.metric(outputs, task.targets(split))
-
-
-def _packed(path: Path) -> int:
-    """Bytes after zlib: what zeros and repeated values save where the format has no form for them."""
-    import zlib
-
-    return len(zlib.compress(path.read_bytes(), 9))
 
 
 def _cpu_s() -> float:
@@ -241,11 +240,17 @@ def run(given: argparse.Namespace) -> int:
         return 0 if all(list(pool.map(alone, wanted))) else 1
 
 
+def artifact_of(line: Mapping[str, Any], work: Path) -> Artifact:
+    """The file of a line of the results."""
+    artifact = from_json(Artifact, line["artifact"])
+    return dataclasses.replace(artifact, path=str(work.resolve() / artifact.path))
+
+
 def hand_files(fp32: Artifact, work: Path) -> Iterator[Artifact]:
     """The files of the hand recipe, which take what fp32 takes."""
     for line in HAND.read_text().splitlines() if HAND.exists() else ():
         for file in json.loads(line)["files"].values():
-            path = work / file["path"]
+            path = work.resolve() / file["path"]
             if path.exists():
                 yield dataclasses.replace(fp32, path=str(path), sha256=sha256_of(path), size_bytes=file["bytes"])
 
@@ -256,9 +261,9 @@ def time_all(given: argparse.Namespace) -> int:
     all_rows = rows()
     for target in dict.fromkeys(row.target for row in all_rows.values()):
         made = [line for line in lines() if all_rows[line["row"]].target == target]
-        files = {line["row"]: from_json(Artifact, line["artifact"]) for line in made if line["seed"] == 0}
-        fp32, int8 = files[f"{target} baseline: fp32"], files[f"{target} baseline: uniform INT8"]
-        every = [from_json(Artifact, line["artifact"]) for line in made]
+        files = {(line["row"], line["seed"]): artifact_of(line, given.work) for line in made}
+        fp32, int8 = (files[f"{target} baseline: {name}", 0] for name in ("fp32", "uniform INT8"))
+        every = list(files.values())
         every += hand_files(fp32, given.work) if target == "cpu-onnxruntime" else ()
         waiting = list({a.sha256: a for a in every if a.sha256 not in known}.values())
         profile, host = device_profile(target)
@@ -266,7 +271,7 @@ def time_all(given: argparse.Namespace) -> int:
             for start in range(0, len(waiting), AT_ONCE):
                 chunk = waiting[start : start + AT_ONCE]
                 for what, reference in (("fp32", fp32), ("int8", int8)):
-                    inputs = given.work / "data" / "validation"
+                    inputs = given.work.resolve() / "data" / "validation"
                     found = measure_again(host, reference, chunk, inputs, profile.measure.processes)
                     for artifact, measurement in zip(chunk, found, strict=True):
                         known.setdefault(artifact.sha256, {})[what] = _ratio(measurement)
