@@ -18,6 +18,22 @@ class Factored(nn.Sequential):
     """Two layers in the place of one; `0` gives `rank` channels, `1` has the bias."""
 
 
+class FactoredLinear(Factored):
+    """Two linear layers; whoever asks for weight and bias, as torch's encoder layer does, gets those of one."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of both weights."""
+        first, second = (self.get_submodule(i).get_parameter("weight") for i in "01")
+        return second @ first
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The second one's."""
+        found = self.get_submodule("1").bias
+        return found if isinstance(found, Tensor) else None
+
+
 def full_rank(shape: Sequence[int], factors: Factors = "channel") -> int:
     """The largest rank of a weight of that shape, split so."""
     return min(_sides(shape, factors))
@@ -126,4 +142,5 @@ def _filled(first: nn.Module, second: nn.Module, down: Tensor, up: Tensor, bias:
         second.get_parameter("weight").copy_(up)
         if bias is not None:
             second.get_parameter("bias").copy_(bias)
-    return Factored(first, second).requires_grad_(False)
+    kind = FactoredLinear if isinstance(first, nn.Linear) else Factored
+    return kind(first, second).requires_grad_(False)

@@ -18,9 +18,9 @@ class Prune:
     """Cut what the candidate cuts: channels, heads, whole blocks, ranks, single weights.
 
     Attributes:
-        importance: what is kept of channels and heads: those of large weights, of large BatchNorm scales, whose
-            loss changes most to first order (Molchanov et al., 2019), or of large activations. Where several stages
-            cut, the first one's holds for all.
+        importance: what is kept of channels: those of large weights, of large BatchNorm scales, without which the
+            outputs change most to first order (Molchanov et al., 2019), or that vary most where they are read (An et
+            al., 2024). Where several stages cut, the first one's holds for all.
         saliency: which single weights go: small ones, or those with a small product with their gradient.
         part: share of the way from the original to the candidate at which this stage arrives.
         schedule: single weights go at once; along Zhu & Gupta's cubic curve while the stage trains; or in rounds,

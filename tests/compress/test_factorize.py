@@ -67,3 +67,12 @@ def test_factors_know_the_layer_they_are_of() -> None:
     factorize(net, {"0": (2, "channel")})
     assert isinstance(net[0], Factored)
     assert expand(net) == {"0.0": "0", "0.1": "0"}
+
+
+def test_torchs_encoder_runs_with_factors() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval().requires_grad_(False)
+    x = torch.randn(2, 5, 16)
+    low_rank(layer.linear1, 3)
+    wanted = layer(x)
+    factorize(layer, {"linear1": (3, "channel")})
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
