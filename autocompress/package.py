@@ -4,6 +4,8 @@
 
     package/manifest.json       what was picked, its figures with raw samples, and the SHA-256 of every other file
     package/model.onnx          the picked model; .tflite for LiteRT
+    package/small.onnx, package/large.onnx, package/predict_cascade.py
+                                in its place where a cascade was picked: two models, and what decides between them
     package/fp32.onnx           the baseline: what latency is measured against, and what to roll back to
     package/predict.py          runs the model with numpy and the runtime only, through
     package/predict_….py        the one for this runtime; neither for a runtime of one's own
@@ -20,7 +22,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,12 +31,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.artifact import Artifact, sha256_of
+from autocompress.core.cascade import Cascade, CascadeRecord, Runnable
 from autocompress.core.errors import InputError, PackageError
 from autocompress.core.front import Limits
 from autocompress.core.measurement import Fingerprint, Measurement
 from autocompress.core.profile import Profile
-from autocompress.core.record import load
-from autocompress.core.trial import Trial
+from autocompress.core.record import RARE, load
+from autocompress.core.trial import Score, Trial
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -58,8 +61,10 @@ class Manifest:
     Attributes:
         task: reference to the task, None when it was handed over in Python.
         limits: what the pick had to meet.
-        trial, baseline: the picked model and fp32; their artifacts' paths are relative to the package.
+        trial, baseline: the picked model and fp32; their artifacts' paths are relative to the package. Of a cascade
+            it is the large model.
         measurement: raw samples behind the latency, None for fp32 itself.
+        cascade: what was picked where that is a cascade, its members' paths relative to the package.
         sample_items: items in the sample.
         files: every file but the manifest, by path in the package.
     """
@@ -76,6 +81,12 @@ class Manifest:
     versions: Mapping[str, str]
     sample_items: int
     files: Mapping[str, PackedFile]
+    cascade: CascadeRecord | None = field(default=None, metadata=RARE)
+
+    @property
+    def picked(self) -> tuple[Trial, ...]:
+        """The picked model, or both of a cascade."""
+        return (self.trial,) if self.cascade is None else (self.cascade.small, self.cascade.large)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +97,19 @@ class Package:
     manifest: Manifest
 
     @property
-    def model(self) -> Artifact:
-        """The picked model, with an absolute path."""
-        return self._artifact(self.manifest.trial)
+    def model(self) -> Runnable:
+        """The picked model, with an absolute path, or the cascade of two."""
+        found = [self._artifact(trial) for trial in self.manifest.picked]
+        if self.manifest.cascade is None:
+            return found[0]
+        return Cascade(small=found[0], large=found[1], rule=self.manifest.cascade.rule)
+
+    @property
+    def score(self) -> Score:
+        """What was measured of it."""
+        score = self.manifest.trial.score if self.manifest.cascade is None else self.manifest.cascade.score
+        assert score is not None  # `read_package` refuses one without
+        return score
 
     @property
     def baseline(self) -> Artifact:
@@ -130,10 +151,11 @@ def read_package(path: Path | str) -> Package:
         raise PackageError(f"{path}: {error}") from error
     for name, packed in manifest.files.items():
         _check_file(folder, name, packed)
-    for name in (_model_path(manifest.trial), _model_path(manifest.baseline), INPUTS, OUTPUTS):
+    trials = (manifest.trial, manifest.baseline, *manifest.picked)
+    for name in (*map(_model_path, trials), INPUTS, OUTPUTS):
         if name not in manifest.files:
             raise PackageError(f"{path}: {MANIFEST} has no SHA-256 of {name!r}, which it needs")
-    for artifact in (manifest.trial.artifact, manifest.baseline.artifact):
+    for artifact in (trial.artifact for trial in trials):
         if artifact is not None and artifact.sha256 != manifest.files[artifact.path].sha256:
             raise PackageError(f"{path}: {MANIFEST} has figures for another file than {artifact.path!r}")
     return Package(path=folder, manifest=manifest)

@@ -4,11 +4,12 @@
 From Python: `from predict import load, predict`.
 """
 
+import functools
 import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,21 @@ class Model:
 
 
 def load(folder: Path = HERE, *, baseline: bool = False) -> Model:
-    """The package's model as it was measured; `baseline` takes the fp32 model it can be rolled back to."""
+    """The package's model as it was measured; `baseline` takes the fp32 model it can be rolled back to.
+
+    Of a cascade both models are loaded, and the large one runs the items of which the small one is unsure.
+    """
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    profile, artifact = manifest["profile"], manifest["baseline" if baseline else "trial"]["artifact"]
+    profile, cascade = manifest["profile"], manifest.get("cascade")
+    if baseline or cascade is None:
+        return _load(folder, profile, manifest["baseline" if baseline else "trial"]["artifact"])
+    small, large = (_load(folder, profile, cascade[name]["artifact"]) for name in ("small", "large"))
+    join = importlib.import_module("predict_cascade").cascaded  # the file beside this one
+    run = functools.partial(join, small=small.run, large=large.run, **cascade["rule"])
+    return replace(small, run=lambda inputs: run(inputs)[0], batch=small.batch or large.batch)
+
+
+def _load(folder: Path, profile: Mapping[str, Any], artifact: Mapping[str, Any]) -> Model:
     options = {**profile["options"], "threads": profile["measure"]["threads"], **artifact.get("options", {})}
     runtime = importlib.import_module(f"predict_{profile['runtime']}")  # the file beside this one
     run = runtime.open_model(folder / artifact["path"], options, [spec["name"] for spec in artifact["outputs"]])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autocompress.core.artifact import sha256_of
-from autocompress.core.errors import RunError
+from autocompress.core.cascade import Cascade
+from autocompress.core.errors import PackageError, RunError
 from autocompress.core.front import Limits
 from autocompress.core.measurement import Fingerprint
 from autocompress.core.profile import Profile
@@ -56,7 +57,7 @@ def _open_run(folder: Path) -> Iterator[Recorded]:
 
     run = open_run(folder)
     trials = run.final() or run.trials()
-    last = read_picks(run)[-1:]
+    last = [pick for pick in read_picks(run) if pick.small is None][-1:]  # a cascade is checked by `verify`
     numbers = {t.number for t in finalists(trials, run.config.objectives)} | {pick.trial for pick in last}
     again = [_checked(t, run.path) for t in trials if t.number in numbers and t.score is not None]
     if not any(t.role == "fp32" for t in again):
@@ -78,10 +79,15 @@ def _open_run(folder: Path) -> Iterator[Recorded]:
 @contextlib.contextmanager
 def _open_package(folder: Path) -> Iterator[Recorded]:
     package = read_package(folder)
-    manifest = package.manifest
+    manifest, model = package.manifest, package.model
+    if isinstance(model, Cascade):
+        raise PackageError(
+            f"{folder} holds a cascade of two models: `autocompress verify` measures it where it stands, "
+            "and `autocompress reprofile` of the run it was picked from measures the front again"
+        )
     trials = [dataclasses.replace(manifest.baseline, artifact=package.baseline)]
     if manifest.trial.number != manifest.baseline.number:
-        trials.append(dataclasses.replace(manifest.trial, artifact=package.model))
+        trials.append(dataclasses.replace(manifest.trial, artifact=model))
     with package.inputs() as inputs:
         yield Recorded(
             path=folder,

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from autocompress.core.artifact import Artifact
+from autocompress.core.cascade import LARGE, Cascade, Runnable
 from autocompress.core.errors import StageError, TaskError
 from autocompress.core.measurement import Fingerprint, Interval, Measurement, merge
 from autocompress.device.hosts import Host
@@ -20,16 +23,28 @@ if TYPE_CHECKING:
 NUMERIC_FACTS = ("runtime", "arch", "flags")
 
 
-def rounds(host: Host, reference: Artifact, artifact: Artifact, inputs: Path, processes: int) -> list[Measurement]:
-    """Latency of `artifact` against `reference` in each of so many fresh processes."""
-    return [host.measure([reference, artifact], inputs, fresh=True)[0] for _ in range(processes)]
+def rounds(
+    host: Host,
+    reference: Artifact,
+    artifact: Runnable,
+    inputs: Path,
+    processes: int,
+    rows: Sequence[int] = (0,),
+) -> list[Measurement]:
+    """Latency of `artifact` against `reference` in each of so many fresh processes, over these items."""
+    return [host.measure([reference, artifact], inputs, fresh=True, rows=rows)[0] for _ in range(processes)]
 
 
 def measure_again(
-    host: Host, reference: Artifact, artifacts: Sequence[Artifact], inputs: Path, processes: int
+    host: Host,
+    reference: Artifact,
+    artifacts: Sequence[Runnable],
+    inputs: Path,
+    processes: int,
+    rows: Sequence[int] = (0,),
 ) -> list[Measurement]:
-    """Latency of `artifacts` against `reference`, interleaved, over so many fresh processes."""
-    taken = [host.measure([reference, *artifacts], inputs, fresh=True) for _ in range(processes)]
+    """Latency of `artifacts` against `reference`, interleaved, over so many fresh processes and these items."""
+    taken = [host.measure([reference, *artifacts], inputs, fresh=True, rows=rows) for _ in range(processes)]
     return [merge(parts) for parts in zip(*taken, strict=True)]
 
 
@@ -78,43 +93,53 @@ def open_task(reference: str | None, name: str) -> "CheckedTask":
 
 @dataclass(kw_only=True)
 class Scorer:
-    """Scores files on all of validation, through their runtime, with intervals against fp32 on the same items.
+    """Scores files on all of a split, through their runtime, with intervals against fp32 on the same items.
 
-    The task's inputs are written once, on first use.
+    The split's inputs are written into `folder` once, on first use.
     """
 
     task: "CheckedTask"
     host: Host
     fp32: Artifact
     folder: Path
+    split: str = "validation"
     _bootstrap: "PairedBootstrap | None" = field(default=None, init=False)
     _written: bool = field(default=False, init=False)
 
-    def accuracy(self, artifact: Artifact) -> float:
+    def accuracy(self, artifact: Runnable) -> float:
         """The task's metric."""
-        return self.task.metric(self._outputs(artifact), self.task.targets("validation"))
+        return self.metric(self.outputs(artifact))
 
-    def score(self, artifact: Artifact) -> tuple[float, Interval | None, str | None]:
+    def metric(self, outputs: Mapping[str, Any]) -> float:
+        """The task's metric of outputs by name."""
+        return self.task.metric(self.task.unflatten(outputs), self.task.targets(self.split))
+
+    def score(self, artifact: Runnable) -> tuple[float, Interval | None, str | None]:
         """Accuracy, its interval against fp32 on the same items, and the reason where there is none."""
+        return self.judge(self.outputs(artifact))
+
+    def judge(self, outputs: Mapping[str, Any]) -> tuple[float, Interval | None, str | None]:
+        """`score` of outputs by name."""
         from autocompress.scoring import PairedBootstrap
 
-        targets, outputs = self.task.targets("validation"), self._outputs(artifact)
         if self._bootstrap is None:
-            items = len(self.task.split("validation"))
-            self._bootstrap = PairedBootstrap(
-                self.task.metric, self._outputs(self.fp32), targets, items, self.task.by_item
-            )
-        return self.task.metric(outputs, targets), self._bootstrap.interval(outputs), self._bootstrap.reason
+            reference = self.task.unflatten(self.outputs(self.fp32))
+            items, targets = len(self.task.split(self.split)), self.task.targets(self.split)
+            self._bootstrap = PairedBootstrap(self.task.metric, reference, targets, items, self.task.by_item)
+        interval = self._bootstrap.interval(self.task.unflatten(outputs))
+        return self.metric(outputs), interval, self._bootstrap.reason
 
-    def _outputs(self, artifact: Artifact) -> Any:
+    def outputs(self, artifact: Runnable) -> dict[str, NDArray[Any]]:
+        """Outputs by name, of a cascade with LARGE."""
         from autocompress.scoring import read_outputs
 
         if not self._written:
-            self.task.write_split("validation", self.folder)
+            self.task.write_split(self.split, self.folder)
             self._written = True
+        names = (*self.task.outputs.names, *([LARGE] if isinstance(artifact, Cascade) else []))
         with tempfile.TemporaryDirectory(prefix="autocompress-") as out:
             self.host.outputs(artifact, self.folder, Path(out))
-            return self.task.unflatten(read_outputs(Path(out), self.task.outputs.names))
+            return read_outputs(Path(out), names)
 
 
 def overlap(one: Interval, other: Interval) -> bool:

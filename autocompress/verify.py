@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from autocompress.cascade import mixed_rows
+from autocompress.core.cascade import LARGE, files_of
 from autocompress.core.errors import StageError, TaskError, VerifyError
 from autocompress.core.measurement import Interval, merge
 from autocompress.device.hosts import Host, open_host
@@ -24,6 +26,7 @@ class Verification:
     """A package's figures, recorded and now.
 
     Attributes:
+        trial: what was picked; of a cascade the large model, and `cascade` names both and the rule.
         machine: facts that differ, as name → (recorded, now).
         ratio, ratio_now: intervals of the latency over fp32's.
         accuracy_now: on all of validation; None where the task does not load here, and `accuracy_reason` says why.
@@ -34,6 +37,7 @@ class Verification:
 
     package: str
     trial: int
+    cascade: str | None
     machine: Mapping[str, tuple[str | None, str | None]]
     ratio: Interval
     ratio_now: Interval
@@ -65,7 +69,7 @@ class Verification:
         now = self.accuracy_now
         scored = f"not scored now: {self.accuracy_reason}" if now is None else f"{now:.4f} now"
         return [
-            f"{self.package}: every file is as it was written (trial {self.trial})",
+            f"{self.package}: every file is as it was written ({self.cascade or f'trial {self.trial}'})",
             f"machine: {changed(self.machine) or 'the same'}",
             f"latency over fp32's: {_text(self.ratio)} recorded, {_text(self.ratio_now)} now",
             f"accuracy: {self.accuracy:.4f} recorded, {scored}",
@@ -76,9 +80,9 @@ class Verification:
     def require(self) -> None:
         """Raise VerifyError where something is outside."""
         if self.faults:
+            again = f"reprofile {self.package}`" if self.cascade is None else "reprofile` of its run"
             elsewhere = (
-                f" The machine is another one ({changed(self.machine)}): "
-                f"`autocompress reprofile {self.package}` says what holds on it."
+                f" The machine is another one ({changed(self.machine)}): `autocompress {again} says what holds on it."
             )
             raise VerifyError(f"{'; '.join(self.faults)}.{elsewhere if self.machine else ''}")
 
@@ -111,19 +115,18 @@ def verify_package(
 
 
 def _verify(package: Package, host: Host, progress: Progress) -> Verification:
-    manifest = package.manifest
-    score = manifest.trial.score
-    assert score is not None  # read_package refuses one without
+    manifest, score = package.manifest, package.score
     with package.inputs() as inputs, tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         progress("comparing outputs on the sample")
         difference = _difference(package, host, inputs, Path(scratch))
-        ran = host.executed(package.model, inputs) or {}
-        progress(f"measuring in {manifest.profile.measure.processes} fresh processes")
+        executed = _executed(package, host, inputs)
         processes = manifest.profile.measure.processes
-        parts = rounds(host, package.baseline, package.model, inputs, processes)
+        progress(f"measuring in {processes} fresh processes")
+        rows = _rows(package, Path(scratch))
+        parts = rounds(host, package.baseline, package.model, inputs, processes, rows)
         if not overlap(merge(parts).ratio_ci, score.ratio_ci):
             progress("outside the recorded interval: measuring a second time")
-            parts += rounds(host, package.baseline, package.model, inputs, processes)
+            parts += rounds(host, package.baseline, package.model, inputs, processes, rows)
         measured = merge(parts)
         progress("scoring on validation")
         accuracy, reason = _rescore(package, host)
@@ -131,6 +134,7 @@ def _verify(package: Package, host: Host, progress: Progress) -> Verification:
     return Verification(
         package=str(package.path),
         trial=manifest.trial.number,
+        cascade=None if manifest.cascade is None else manifest.cascade.name,
         machine=manifest.fingerprint.changes(measured.fingerprint),
         ratio=score.ratio_ci,
         ratio_now=measured.ratio_ci,
@@ -138,10 +142,29 @@ def _verify(package: Package, host: Host, progress: Progress) -> Verification:
         accuracy_range=score.accuracy_ci or (score.accuracy - tolerance, score.accuracy + tolerance),
         accuracy_now=accuracy,
         accuracy_reason=reason,
-        executed={n: (was, ran[n]) for n, was in (score.executed or {}).items() if ran.get(n, was) != was},
+        executed=executed,
         output_difference=difference,
         sample_items=manifest.sample_items,
     )
+
+
+def _rows(package: Package, outputs: Path) -> list[int]:
+    """Items of the sample to measure with: for a cascade as many that go on as did when it was picked."""
+    cascade = package.manifest.cascade
+    if cascade is None:
+        return [0]
+    large = np.load(outputs / f"{LARGE}.npy", allow_pickle=False)
+    return mixed_rows(large, cascade.share, cascade.score.latency_ms)
+
+
+def _executed(package: Package, host: Host, inputs: Path) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    picked = package.manifest.picked
+    for trial, file in zip(picked, files_of(package.model), strict=True):
+        ran, before = host.executed(file, inputs) or {}, (trial.score and trial.score.executed) or {}
+        of = f" of trial {trial.number}" if len(picked) > 1 else ""
+        found |= {f"{n}{of}": (was, ran[n]) for n, was in before.items() if ran.get(n, was) != was}
+    return found
 
 
 def _rescore(package: Package, host: Host) -> tuple[float | None, str | None]:

@@ -33,9 +33,11 @@ class Recording:
         self.jobs: list[tuple[str, str]] = []
         self.reasons = host.reasons
 
-    def measure(self, artifacts: list[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]:
+    def measure(
+        self, artifacts: list[Artifact], inputs: Path, *, fresh: bool = False, rows: tuple[int, ...] = (0,)
+    ) -> list[Measurement]:
         self.jobs.append(("fresh" if fresh else "measure", artifacts[-1].sha256))
-        return self._host.measure(artifacts, inputs, fresh=fresh)
+        return self._host.measure(artifacts, inputs, fresh=fresh, rows=rows)
 
     def outputs(self, artifact: Artifact, inputs: Path, out: Path) -> None:
         self.jobs.append((f"outputs {inputs.name}", artifact.sha256))

@@ -30,11 +30,11 @@ class OtherMachine(LocalHost):
     broken: frozenset[str] = frozenset()
     facts: dict[str, str] = {}  # noqa: RUF012 - set once by a test, never changed in place
 
-    def measure(self, artifacts, inputs, *, fresh=False):  # type: ignore[no-untyped-def]
+    def measure(self, artifacts, inputs, *, fresh=False, rows=(0,)):  # type: ignore[no-untyped-def]
         for artifact in artifacts:
             if artifact.sha256 in self.broken:
                 raise StageError("load", "no kernel")
-        return [self._renamed(m) for m in super().measure(artifacts, inputs, fresh=fresh)]
+        return [self._renamed(m) for m in super().measure(artifacts, inputs, fresh=fresh, rows=rows)]
 
     def _renamed(self, found: Measurement) -> Measurement:
         factor = 1.0 if found.artifact_sha256 == found.reference_sha256 else self.factor
@@ -181,7 +181,9 @@ def test_picks_that_are_no_picks_are_refused(digits_run: Run) -> None:
 
 def test_one_bad_file_does_not_spoil_the_others(tmp_path: Path) -> None:
     class Host:
-        def measure(self, artifacts: list[Artifact], inputs: Path, *, fresh: bool = False) -> list[Measurement]:
+        def measure(
+            self, artifacts: list[Artifact], inputs: Path, *, fresh: bool = False, rows: tuple[int, ...] = (0,)
+        ) -> list[Measurement]:
             if any(a.path == "bad" for a in artifacts):
                 raise StageError("measure", "hung")
             return [measurement(0.5) for _ in artifacts[1:]]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from autocompress.core.artifact import Artifact, TensorSpec
 from autocompress.core.errors import InputError
-from autocompress.core.measurement import Measurement
+from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.record import from_json, to_json
 from autocompress.core.trial import Score, Trial
 
@@ -109,6 +109,15 @@ def files_of(what: Runnable) -> tuple[Artifact, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Single:
+    """A trial alone. `ratio` is latency over fp32's."""
+
+    trial: int
+    ratio: float
+    ratio_ci: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CascadeRecord:
     """A cascade of two trials: what was expected of it, and what was measured. Accuracies are on validation.
 
@@ -119,6 +128,8 @@ class CascadeRecord:
         expected_latency_ms: the small one's measured latency + `expected_share` × the large one's.
         score: the cascade's own figures, end to end; `size_bytes` is that of both files.
         measurement: raw samples behind `score`: items in the mixture `share`, one after another.
+        single: the best single point within the same limits, as it was measured in turn with the cascade; None where
+            no single point meets them.
     """
 
     small: Trial
@@ -130,6 +141,7 @@ class CascadeRecord:
     share: float
     score: Score
     measurement: Measurement
+    single: Single | None
 
     @property
     def name(self) -> str:

@@ -108,7 +108,11 @@ class Worker:
             for artifact, call in zip(artifacts, calls, strict=True):
                 _check_finite(call(), "measure", Path(artifact.path).name)
             clock = clock_name(plan)
-            longer = dataclasses.replace(plan, max_duration_s=plan.max_duration_s * min(len(rows), LONGEST))
+            longer = dataclasses.replace(
+                plan,
+                warmup_runs=math.ceil(plan.warmup_runs / len(rows)),
+                max_duration_s=plan.max_duration_s * min(len(rows), LONGEST),
+            )
             blocks = [
                 [[sample / len(rows) for sample in turn] for turn in block]
                 for block in interleave(calls, longer, CLOCKS[clock])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from autocompress.core.cascade import Single
 from autocompress.core.front import MB, Front
 from autocompress.core.measurement import Interval, separated
 from autocompress.core.trial import Score, Trial
@@ -49,7 +50,7 @@ def against_fp32(score: Score) -> tuple[float, Verdict]:
     return 1 / score.ratio, _verdict(score.ratio_ci, (1.0, 1.0))
 
 
-def against(score: Score, other: Score) -> tuple[float, Verdict]:
+def against(score: Score, other: Score | Single) -> tuple[float, Verdict]:
     """How many times faster than `other`, and whether their intervals part. Both are ratios to the same fp32."""
     return other.ratio / score.ratio, _verdict(score.ratio_ci, other.ratio_ci)
 
