@@ -23,13 +23,14 @@ _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 def output_loss(got: Sequence[Tensor], wanted: Sequence[Tensor], *, classifies: bool, temperature: float) -> Tensor:
-    """KL divergence at a temperature for class logits (classes on axis 1), else squared error over the variance.
+    """KL divergence at a temperature for class logits, else squared error over the variance, of all outputs together.
 
-    The first is Hinton et al., Distilling the Knowledge in a Neural Network (2015), scaled by the squared temperature.
+    Class logits are in the first output, classes on axis 1, where the model classifies; their divergence is scaled by
+    the squared temperature (Hinton et al., Distilling the Knowledge in a Neural Network, 2015).
     """
     total = got[0].new_zeros(())
-    for g, w in zip(got, wanted, strict=True):
-        if classifies and w.ndim >= 2:
+    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
+        if classifies and i == 0 and w.ndim >= 2:
             p = F.log_softmax(w / temperature, dim=1)
             q = F.log_softmax(g / temperature, dim=1)
             total = total + F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * temperature**2
@@ -46,8 +47,8 @@ def agreed(answers: Sequence[Sequence[Tensor]], *, classifies: bool, confident: 
     if len(answers) == 1:
         return list(answers[0])
     merged = []
-    for given in zip(*answers, strict=True):
-        if not (classifies and given[0].ndim >= 2):
+    for i, given in enumerate(zip(*answers, strict=True)):
+        if not (classifies and i == 0 and given[0].ndim >= 2):
             merged.append(torch.stack(list(given)).mean(0))
             continue
         logs = torch.stack([F.log_softmax(g, dim=1) for g in given])
@@ -124,7 +125,7 @@ def _digest(teacher: nn.Module, items: int) -> str:
     found = hashlib.sha256(str(items).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         found.update(name.encode())
-        found.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -183,7 +184,7 @@ class Features:
         total: Tensor = torch.zeros(())
         for name in self.points:
             mine, theirs = (self._seen[who][name] for who in ("student", "teacher"))
-            mine, theirs = (f.movedim(self._axes[name], -1) for f in (mine, theirs.detach()))
+            mine, theirs = (f.float().movedim(self._axes[name], -1) for f in (mine, theirs.detach()))
             mine = _resized(mine, theirs)
             if self._attention:
                 wrong = ATTENTION * (_map(mine) - _map(theirs)).square().mean()

@@ -24,6 +24,7 @@ ADAMW_RATE = 1e-3
 SGD_RATE = 0.05  # at a batch of 256; less by the root of the batch
 CLIP = 5.0  # largest norm of all gradients together
 CHECKS = 10  # looks at validation in the course of a training with `patience`
+VECTOR = 16  # floats of the widest vector on a processor
 _BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 
 
@@ -54,7 +55,6 @@ def train(
     progress: Callable[[int, int, float], None] = lambda *_: None,
     cache: Path | None = None,
     resize: Callable[[float], nn.Module] | None = None,
-    parameters: Sequence[nn.Parameter] = (),
 ) -> Trained:
     """Train `student` in place; it ends in eval mode, on the CPU, and needs no gradient.
 
@@ -64,23 +64,25 @@ def train(
         progress: told the same, and the loss.
         cache: folder for the teachers' answers, which candidates share.
         resize: gives an untrained assistant of a width ratio.
-        parameters: to train besides the student's own.
 
     Raises:
         StageError: the loss is not finite, or the recipe asks for what the task does not have.
     """
-    for i, ratio in enumerate(how.distill.assistants):
+    ratios = how.distill.assistants
+    share = steps // (len(ratios) + 1)
+    only = replace(how, distill=replace(how.distill, assistants=()))
+    if how.seconds is not None:
+        only = replace(only, seconds=how.seconds / (len(ratios) + 1))
+    for i, ratio in enumerate(ratios):
         if resize is None:
             raise StageError("recover", "assistants need a model that can be cut, or a student of the task")
         assistant = resize(ratio)
-        only = replace(how, distill=replace(how.distill, assistants=()))
-        share = steps // (len(how.distill.assistants) + 1)
         train(assistant, only, material, teachers=teachers, steps=share, seed=seed + i, progress=progress, cache=cache)
         teachers, cache = [assistant, *teachers[1:]], None
         steps -= share
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         torch.manual_seed(seed)
-        run = _Training(student, how, material, teachers, steps, seed, cache, parameters)
+        run = _Training(student, only, material, teachers, steps, seed, cache)
         try:
             return run.go(after_step, progress)
         finally:
@@ -97,7 +99,6 @@ class _Training:
         steps: int,
         seed: int,
         cache: Path | None,
-        parameters: Sequence[nn.Parameter],
     ) -> None:
         self._student, self._how, self._material, self._steps = student, how, material, steps
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,11 +123,11 @@ class _Training:
             for t in (self._teachers[1:] if self._features else self._teachers)
         ]
         self._itself: nn.Module | None = None
-        extra = [*parameters, *(self._features.parameters() if self._features else ())]
-        self._parameters = [*(p for p in student.parameters() if p.is_floating_point()), *extra]
+        own = (p for p in student.parameters() if p.is_floating_point())
+        self._parameters = [*own, *(self._features.parameters() if self._features else ())]
         for parameter in self._parameters:
             parameter.requires_grad_(True)
-        self._four_d = any(isinstance(m, nn.Conv2d) for m in student.modules())
+        self._four_d = _channels_last(student)
         if self._four_d:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -150,7 +151,7 @@ class _Training:
             after_step(step, self._steps)
             progress(step, self._steps, float(loss.detach()))
             if how.patience is not None and (step % check == 0 or step == self._steps):
-                value = self._material.validate(student)
+                value = self._material.validate(self._here(student))
                 if best is None or value > best:
                     best, worse = value, 0
                     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -182,20 +183,20 @@ class _Training:
         material, lesson = self._material, self._how.distill
         inputs, targets = material.fetch([int(i) for i in rows])
         batch = self._moved(inputs)
+        total = torch.zeros((), device=self._device)
         with self._arithmetic():
             wanted = None if lesson.kind == "none" else self._wanted(rows, batch)
             output = material.call(self._student, batch)
-        total = torch.zeros((), device=self._device)
+            if wanted is None or lesson.weight < 1:
+                assert material.loss is not None
+                share = 1.0 if wanted is None else 1 - lesson.weight
+                total = total + share * material.loss(output, _on(self._device, targets))
         if wanted is not None:
             got = [tensor.float() for tensor in outputs_of(output)]
             taught = output_loss(got, wanted, classifies=material.classifies, temperature=lesson.temperature)
             if self._features is not None:
                 taught = taught + self._features.loss()
             total = total + lesson.weight * taught
-        if wanted is None or lesson.weight < 1:
-            assert material.loss is not None
-            share = 1.0 if wanted is None else 1 - lesson.weight
-            total = total + share * material.loss(output, _on(self._device, targets))
         return total
 
     def _wanted(self, rows: NDArray[np.int64], batch: dict[str, Tensor]) -> list[Tensor]:
@@ -222,7 +223,8 @@ class _Training:
             )
         warm_up = max(1, min(50, steps // 10))
         return optimizer, torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min(1.0, (i + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps)))
+            optimizer,
+            lambda i: min(1.0, (i + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / max(1, steps)))),
         )
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
@@ -234,9 +236,26 @@ class _Training:
         """The teacher where the training is; a copy only where it has to move."""
         return teacher if self._device.type == "cpu" else copy.deepcopy(teacher).to(self._device)
 
+    def _here(self, student: nn.Module) -> nn.Module:
+        """The student on the CPU, where validation has its items; a copy only where it is elsewhere."""
+        return student if self._device.type == "cpu" else copy.deepcopy(student).cpu()
+
     def _moved(self, batch: Any) -> dict[str, Tensor]:
         moved: dict[str, Tensor] = _on(self._device, batch)
         return moved
+
+
+def _channels_last(model: nn.Module) -> bool:
+    """Whether channels go last: with convolutions over images, unless one would write past its memory.
+
+    oneDNN's gradient of a 1x1 convolution with a stride does, where it has fewer input channels than fit into a vector
+    (uxlfoundation/oneDNN#6035): of 17 numbers from 1 to 31, those below 8 crashed with AVX2; AVX-512 has 16.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    overruns = (
+        set(m.kernel_size) == {1} and max(m.stride) > 1 and m.in_channels // m.groups < VECTOR for m in convolutions
+    )
+    return bool(convolutions) and not any(overruns)
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -27,6 +27,11 @@ def test_other_outputs_are_compared_over_their_variance() -> None:
     torch.testing.assert_close(loss, 1 / TEACHER.var(correction=0))
 
 
+def test_only_the_first_output_of_a_classifier_holds_logits() -> None:
+    loss = output_loss([TEACHER, TEACHER + 1], [TEACHER, TEACHER], classifies=True, temperature=4.0)
+    torch.testing.assert_close(loss, 1 / TEACHER.var(correction=0))
+
+
 def test_teachers_agree_on_mean_probabilities_or_on_those_of_the_surer() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.1]])
     (mean,) = agreed([[sure], [unsure]], classifies=True, confident=False)
