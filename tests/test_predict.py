@@ -114,6 +114,31 @@ def test_litert_gives_what_the_weights_say(package: Path, batch: int | None, opt
     np.testing.assert_allclose(predict(package, input=X)[0], X @ weight + bias, rtol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [None, 1])
+def test_of_a_cascade_both_models_answer_and_fp32_is_still_there(package: Path, batch: int | None) -> None:
+    eye = np.eye(2, dtype=np.float32)
+    for name, weight in (("small", eye), ("large", -eye), ("fp32", 2 * eye)):
+        write_linear(package / f"{name}.tflite", weight, np.zeros(2, np.float32), batch)
+    shutil.copyfile(SOURCE / "predict_litert.py", package / "predict_litert.py")
+    shutil.copyfile(SOURCE / "core" / "confidence.py", package / "predict_cascade.py")
+    manifest(package, runtime="litert", batch=batch, path="large.tflite", x="input")
+    told = json.loads((package / "manifest.json").read_text())
+    members = {n: {"artifact": told["trial"]["artifact"] | {"path": f"{n}.tflite"}} for n in ("small", "large")}
+    rule = {"output": "output", "kind": "margin", "threshold": 2.0}
+    told |= {
+        "cascade": {**members, "rule": rule},
+        "baseline": told["trial"] | {"artifact": {**told["trial"]["artifact"], "path": "fp32.tflite"}},
+    }
+    (package / "manifest.json").write_text(json.dumps(told))
+    x = np.array([[1, 5], [1, 2], [4, 3], [9, 1]], np.float32)
+    np.testing.assert_array_equal(predict(package, input=x)[0], [[1, 5], [-1, -2], [-4, -3], [9, 1]])
+    code = (
+        "import predict, numpy; print(predict.predict(predict.load(baseline=True), {'input': numpy.ones((2, 2), 'f')}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=package)
+    assert "[2., 2.]" in done.stdout
+
+
 GPU = Path(__file__).parent / "data" / "gpu"
 
 

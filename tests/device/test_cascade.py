@@ -1,5 +1,6 @@
 """A cascade on a device: outputs of either model, the time of the share that goes on, and what it takes of memory."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from autocompress.core.cascade import LARGE, Cascade, Rule
 from autocompress.core.confidence import confidence
 from autocompress.core.errors import StageError, TargetError
 from autocompress.device.adb import AdbHost
+from autocompress.device.cascade import CascadeSession
 from autocompress.device.local import LocalHost
+from autocompress.device.runtime import get_runtime
+from tests import tflite_files
 from tests.device.conftest import MakeArtifact, profile_of
-from tests.models import artifact_of, write_fake
+from tests.models import artifact_of, write_fake, write_linear
 
 
 def median_margin(inputs: Path) -> Rule:
@@ -71,6 +75,25 @@ def test_a_member_that_fails_fails_the_cascade_in_its_stage(
     with pytest.raises(StageError, match=r"there is no file .*gone"):
         fake_host.measure([good, dataclasses.replace(cascade, large=gone)], inputs)
     assert fake_host.peak_memory(dataclasses.replace(cascade, large=good), inputs) > 0
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "litert"])
+def test_every_runtime_holds_two_models_at_once(runtime: str, tmp_path: Path) -> None:
+    """What one gives stays as it is while the other runs, item by item and in a batch."""
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    weights = np.eye(3, dtype=np.float32), -np.eye(3, dtype=np.float32)
+    write = tflite_files.write_linear if runtime == "litert" else write_linear
+    paths = [write(tmp_path / f"{i}.{runtime}", w, np.zeros(3, np.float32)) for i, w in enumerate(weights)]
+    sure = confidence(x, "probability")
+    rule = Rule(output="output", kind="probability", threshold=float(np.median(sure)))
+    small, large = (get_runtime(runtime).load(path, {"threads": 1}) for path in paths)
+    with contextlib.closing(CascadeSession(small, large, rule)) as session:
+        expected = np.where((sure < rule.threshold)[:, None], -x, x)
+        calls = [session.bind({"input": x[i : i + 1]}) for i in range(6)]
+        np.testing.assert_allclose(np.concatenate([call()["output"] for call in calls]), expected, rtol=1e-6)
+        found = session.run({"input": x})
+        np.testing.assert_allclose(found["output"], expected, rtol=1e-6)
+        np.testing.assert_array_equal(found[LARGE], sure < rule.threshold)
 
 
 def test_adb_says_that_it_cannot(fake_artifact: MakeArtifact, inputs: Path) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
+from autocompress.core.cascade import LARGE, Cascade, Rule
+from autocompress.core.confidence import confidence
 from autocompress.core.errors import StageError, TargetError
 from autocompress.device import bootstrap, ssh
 from autocompress.device.hosts import open_host
@@ -83,6 +85,25 @@ def test_every_job_gives_there_what_it_gives_here(
     host.outputs(fast, inputs, tmp_path / "out")
     np.testing.assert_allclose(np.load(tmp_path / "out" / "output.npy"), 3 * np.load(inputs / "input.npy"), rtol=1e-6)
     assert len(server.workers()) == 1
+
+
+def test_a_cascade_runs_there_as_it_does_here(
+    host: SshHost, fake_artifact: MakeArtifact, inputs: Path, tmp_path: Path
+) -> None:
+    reference, small, large = (
+        fake_artifact(n, work_ms=w, scale=s) for n, w, s in (("r", 1, 1), ("s", 0.2, 1), ("l", 0.8, -1))
+    )
+    x = np.load(inputs / "input.npy")
+    sure = confidence(x, "margin")
+    rule = Rule(output="output", kind="margin", threshold=float(np.median(sure)))
+    cascade = Cascade(small=small, large=large, rule=rule)
+    host.outputs(cascade, inputs, tmp_path / "out")
+    unsure = np.load(tmp_path / "out" / f"{LARGE}.npy")
+    np.testing.assert_array_equal(unsure, sure < rule.threshold)
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "output.npy"), np.where(unsure[:, None], -x, x))
+    rows = [int(np.argmin(sure)), int(np.argmax(sure))]
+    (found,) = host.measure([reference, cascade], inputs, rows=rows)
+    assert found.ratio == pytest.approx(0.2 + 0.8 / 2, rel=0.1)
 
 
 def test_files_are_copied_once_by_hash_and_outputs_do_not_stay(
