@@ -2,16 +2,12 @@
 
 The rows stand in techniques.yaml; each is a candidate that the product's own builder makes into a file, in a process of
 its own on one thread. Its accuracy is that of the file in its runtime, on validation and on test items, none of which
-any technique saw. Then all files are timed against fp32 and against the runtime's own uniform INT8, interleaved, in
-fresh processes.
+any technique saw. techniques_table.py times the files and shows all figures together.
 
-    python benchmarks/hand_recipe.py path/to/fashion_resnet/task.py --threads 1
     python benchmarks/techniques.py run path/to/fashion_resnet/task.py --jobs 2
-    python benchmarks/techniques.py time path/to/fashion_resnet/task.py
-    python benchmarks/techniques.py table
 
-`run` adds a line of JSON for each row and seed to results/techniques.jsonl and skips those that stand there; a row that
-fails says so on stderr and is tried again the next time. `time` wants a machine with nothing else to do.
+A line of JSON for each row and seed is added to results/techniques.jsonl, and those that stand there are skipped; a row
+that fails says so on stderr and is tried again the next time.
 """
 
 import argparse
@@ -21,12 +17,11 @@ import json
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,16 +36,14 @@ from pydantic import TypeAdapter
 
 from autocompress.build import Builder, Stopwatch
 from autocompress.config import load_profile
-from autocompress.core.artifact import Artifact, sha256_of
-from autocompress.core.candidate import Candidate, LayerChoice, parse_precision, parse_sparsity
-from autocompress.core.measurement import Measurement
+from autocompress.core.artifact import Artifact
+from autocompress.core.candidate import BLOCK, Candidate, LayerChoice, parse_precision, parse_sparsity
 from autocompress.core.profile import Profile
 from autocompress.core.recipe import DEFAULT_STAGES, Calibrator, Recipe, Stage
-from autocompress.core.record import from_json, to_json
+from autocompress.core.record import to_json
 from autocompress.core.space import Layer, Structure
 from autocompress.device.local import LocalHost
 from autocompress.place import fitted
-from autocompress.remeasure import measure_again
 from autocompress.scoring import read_outputs
 from autocompress.task import CheckedTask, check_task, load_task
 
@@ -59,9 +52,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-LINES, LATENCY, HAND = (RESULTS / name for name in ("techniques.jsonl", "techniques-latency.json", "hand_recipe.jsonl"))
+LINES = RESULTS / "techniques.jsonl"
 SPLITS = ("validation", "test")
-AT_ONCE = 12  # files in one round-robin
 FULL_WIDTH = 24  # channels of the model's first stage
 
 
@@ -115,9 +107,11 @@ def candidate(row: Row, seed: int, structure: Structure, profile: Profile) -> Ca
 
 
 def choice_of(row: Row, layer: Layer, profile: Profile) -> LayerChoice:
-    """What a row says of one layer. Only convolutions larger than 1x1 that also take many channels get a rank."""
+    """What a row says of one layer. Patterns of zeros need enough channels; large convolutions of many get a rank."""
     name = [p for glob, p in row.precision.items() if fnmatch.fnmatchcase(layer.name, glob)][-1]
-    choice = dataclasses.replace(parse_precision(profile.executable(name)), sparsity=parse_sparsity(row.sparsity))
+    choice = parse_precision(profile.executable(name))
+    if not (isinstance(row.sparsity, str) and layer.shape[1] % BLOCK):
+        choice = dataclasses.replace(choice, sparsity=parse_sparsity(row.sparsity))
     if row.ranks == 1 or len(layer.shape) != 4 or layer.shape[2] == 1 or layer.shape[1] == 1:
         return choice
     from autocompress.compress.factorize import full_rank
@@ -240,113 +234,25 @@ def run(given: argparse.Namespace) -> int:
         return 0 if all(list(pool.map(alone, wanted))) else 1
 
 
-def artifact_of(line: Mapping[str, Any], work: Path) -> Artifact:
-    """The file of a line of the results."""
-    artifact = from_json(Artifact, line["artifact"])
-    return dataclasses.replace(artifact, path=str(work.resolve() / artifact.path))
-
-
-def hand_files(fp32: Artifact, work: Path) -> Iterator[Artifact]:
-    """The files of the hand recipe, which take what fp32 takes."""
-    for line in HAND.read_text().splitlines() if HAND.exists() else ():
-        for file in json.loads(line)["files"].values():
-            path = work.resolve() / file["path"]
-            if path.exists():
-                yield dataclasses.replace(fp32, path=str(path), sha256=sha256_of(path), size_bytes=file["bytes"])
-
-
-def time_all(given: argparse.Namespace) -> int:
-    """Latency of all files that have none yet, against fp32 and against uniform INT8."""
-    known = json.loads(LATENCY.read_text()) if LATENCY.exists() else {}
-    all_rows = rows()
-    for target in dict.fromkeys(row.target for row in all_rows.values()):
-        made = [line for line in lines() if all_rows[line["row"]].target == target]
-        files = {(line["row"], line["seed"]): artifact_of(line, given.work) for line in made}
-        fp32, int8 = (files[f"{target} baseline: {name}", 0] for name in ("fp32", "uniform INT8"))
-        every = list(files.values())
-        every += hand_files(fp32, given.work) if target == "cpu-onnxruntime" else ()
-        waiting = list({a.sha256: a for a in every if a.sha256 not in known}.values())
-        profile, host = device_profile(target)
-        with host:
-            for start in range(0, len(waiting), AT_ONCE):
-                chunk = waiting[start : start + AT_ONCE]
-                for what, reference in (("fp32", fp32), ("int8", int8)):
-                    inputs = given.work.resolve() / "data" / "validation"
-                    found = measure_again(host, reference, chunk, inputs, profile.measure.processes)
-                    for artifact, measurement in zip(chunk, found, strict=True):
-                        known.setdefault(artifact.sha256, {})[what] = _ratio(measurement)
-                LATENCY.write_text(json.dumps(known, indent=1) + "\n")
-                print(f"{target}: {start + len(chunk)} of {len(waiting)}, load {os.getloadavg()[0]:.1f}", flush=True)
-    return 0
-
-
-def _ratio(measurement: Measurement) -> dict[str, Any]:
-    low, high = measurement.ratio_ci
-    return {
-        "ratio": round(measurement.ratio, 4), "low": round(low, 4), "high": round(high, 4),
-        "reference_ms": round(measurement.reference_ms, 4), "load": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
-
-
-def table(given: argparse.Namespace) -> int:
-    """Print the table, the mean over seeds, in Markdown."""
-    latency = json.loads(LATENCY.read_text()) if LATENCY.exists() else {}
-    done: dict[str, list[dict[str, Any]]] = {}
-    for line in lines():
-        line["latency"] = latency.get(line["artifact"]["sha256"])
-        done.setdefault(line["row"], []).append(line)
-    print("| technique | seeds | test % | of fp32's latency | of INT8's | kB | packed kB | s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for key, row in rows().items():
-        if key in done:
-            print(_line(f"{row.section}: {row.name}" + (" (LiteRT)" if "litert" in row.target else ""), done[key]))
-    by_hand: dict[float, list[dict[str, Any]]] = {}
-    for line in map(json.loads, HAND.read_text().splitlines() if HAND.exists() else ()):
-        better = max((line["files"][n] for n in line["files"] if n != "fp32"), key=lambda file: file["validation"])
-        spent = sum(s for name, s in line["seconds"].items() if name in ("prune", "train", "export", "int8"))
-        path = given.work / better["path"]
-        sha = sha256_of(path) if path.exists() else ""
-        row_like = {"test": better["test"], "bytes": better["bytes"], "packed": 0, "cpu_s": spent}
-        by_hand.setdefault(line["ratio"], []).append({**row_like, "latency": latency.get(sha)})
-    for ratio, found in sorted(by_hand.items()):
-        print(_line(f"by hand: {ratio:.0%} cut, two epochs, W8A8", found))
-    return 0
-
-
-def _line(name: str, found: Sequence[Mapping[str, Any]]) -> str:
-    """One row: means over seeds, the standard deviation of accuracy, and latencies with the outermost interval."""
-    accuracy = [100 * line["test"] for line in found]
-    spread = f" ± {statistics.stdev(accuracy):.2f}" if len(found) > 1 else ""
-    cells = [name, str(len(found)), f"{statistics.fmean(accuracy):.2f}{spread}"]
-    for reference in ("fp32", "int8"):
-        timed = [line["latency"][reference] for line in found if line["latency"]]
-        mean = statistics.fmean(t["ratio"] for t in timed) if timed else None
-        low, high = min((t["low"] for t in timed), default=0), max((t["high"] for t in timed), default=0)
-        cells.append("" if mean is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-    cells += [f"{statistics.fmean(line[n] for line in found) / 1000:.0f}" for n in ("bytes", "packed")]
-    return "| " + " | ".join([*cells, f"{statistics.fmean(line['cpu_s'] for line in found):.0f}"]) + " |"
-
-
 def main() -> int:
     """Do what the command says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, act in (("run", run), ("one", None), ("time", time_all), ("table", table)):
+    for name in ("run", "one"):
         command = commands.add_parser(name)
-        command.set_defaults(act=act)
+        command.set_defaults(name=name)
+        command.add_argument("task", help="reference of the public task")
         command.add_argument("--work", type=Path, default=Path("runs/techniques"))
-        if name != "table":
-            command.add_argument("task", help="reference of the public task")
         if name == "run":
             command.add_argument("--only", default="*", help="glob over `target section: name`")
             command.add_argument("--seeds", type=int, default=3)
             command.add_argument("--jobs", type=int, default=1)
-        if name == "one":
+        else:
             command.add_argument("row")
             command.add_argument("seed", type=int)
     given = parser.parse_args()
-    if given.act is not None:
-        return int(given.act(given))
+    if given.name == "run":
+        return run(given)
     print(json.dumps(one(rows()[given.row], given.seed, given.task, given.work.resolve())))
     return 0
 
