@@ -97,8 +97,15 @@ class Evaluator:
         notes: tuple[str, ...] = ()
         outcome: Score | Failure
         try:
-            built, figures = self._made(candidate, role, watch)
+            built = self._build(candidate, role, watch)
             made.append(built.artifact)
+            if role == "fp32":
+                self._reference = built.artifact
+            figures = self._accuracy_of(built.artifact, watch)
+            if role == "candidate" and (why := self._against(built, figures["accuracy"])) is not None:
+                built = self._builder.build(candidate, watch, fallback=True)
+                built = dataclasses.replace(built, notes=(*built.notes, why))
+                made[0], figures = built.artifact, self._accuracy_of(built.artifact, watch)
             candidate, notes = built.candidate, built.notes
             key = self._latency_key(candidate, role)
             if key not in self._latency:
@@ -128,25 +135,20 @@ class Evaluator:
             notes=notes,
         )
 
-    def _made(self, candidate: Candidate, role: Role, watch: Stopwatch) -> tuple[Built, dict[str, Any]]:
-        """The file of a candidate, and its accuracy; without bits where it fails the gate of their stage."""
+    def _build(self, candidate: Candidate, role: Role, watch: Stopwatch) -> Built:
         if role == "uniform-int8":
-            built = Built(artifact=self._builder.vendor_int8(watch), candidate=candidate)
-        else:
-            built = self._builder.build(candidate, watch)
-        if role == "fp32":
-            self._reference = built.artifact
-        figures = self._accuracy_of(built.artifact, watch)
-        stage = candidate.recipe.last_gate
-        if role != "candidate" or stage is None or stage.gate is None or not built.candidate.has_bits:
-            return built, figures
-        lost = 100 * (self._accuracy[self._known_reference().key]["accuracy"] - figures["accuracy"])
+            return Built(artifact=self._builder.vendor_int8(watch), candidate=candidate)
+        return self._builder.build(candidate, watch)
+
+    def _against(self, built: Built, accuracy: float) -> str | None:
+        """Why a file does not pass the gate of the stage that prepares for bits, None where it does or there is none."""
+        stage = built.candidate.recipe.last_gate
+        if stage is None or stage.gate is None or not built.candidate.has_bits:
+            return None
+        lost = 100 * (self._accuracy[self._known_reference().key]["accuracy"] - accuracy)
         if lost <= stage.gate:
-            return built, figures
-        why = f"stage {stage.name!r} was undone: its file lost {lost:.2f} points, the limit is {stage.gate:g}"
-        built = self._builder.build(candidate, watch, fallback=True)
-        built = dataclasses.replace(built, notes=(*built.notes, why))
-        return built, self._accuracy_of(built.artifact, watch)
+            return None
+        return f"stage {stage.name!r} was undone: its file lost {lost:.2f} points, the limit is {stage.gate:g}"
 
     def finalise(self, trials: Sequence[Trial]) -> list[Trial]:
         """These trials measured again, round-robin in fresh processes, with test accuracy and peak memory.

@@ -22,7 +22,7 @@ HEAVY = {"torch", "torch_pruning", "safetensors", "onnx", "onnx_ir", "onnxscript
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "core": (set(), set()),
     "device": ({"core"}, {"psutil", "cuda", "pynvml", *RUNTIMES}),
-    "compress": ({"core"}, {"torch", "torch_pruning"}),
+    "compress": ({"core"}, {"torch", "torch_pruning", "safetensors"}),
     "export": (
         {"core", "compress"},
         {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "nncf"}

@@ -65,10 +65,10 @@ def test_a_file_that_fails_on_the_device_leaves_the_others_their_figures(
     built = bench.builder.build
 
     def spoilt(candidate: Candidate, watch: object) -> object:
-        artifact = built(candidate, watch)  # type: ignore[arg-type]
+        made = built(candidate, watch)  # type: ignore[arg-type]
         if any(choice.sparsity for choice in candidate.layers.values()):
-            Path(artifact.path).write_bytes(b"no model")
-        return artifact
+            Path(made.artifact.path).write_bytes(b"no model")
+        return made
 
     monkeypatch.setattr(bench.builder, "build", spoilt)
     zeros = parse_precision("fp32")

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,14 @@ from tests import made, toy
 from tests.test_package import ISOLATED
 
 LIMITS = Limits(max_accuracy_drop=0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """A sample of few items, so that there are more of them in little time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cascades, "MOST_ROWS", 20)
+        yield
 
 
 @pytest.fixture(scope="module")

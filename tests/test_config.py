@@ -78,7 +78,7 @@ def test_an_unknown_target_names_the_nearest_and_all() -> None:
 
 
 def test_an_unknown_space_names_all() -> None:
-    with pytest.raises(ConfigError, match=r"I know: default, prune-and-quantize, quantize-only, transformer\.$"):
+    with pytest.raises(ConfigError, match="I know: default, everything, prune-and-quantize"):
         load_space("x")
 
 
@@ -193,7 +193,7 @@ def test_a_space_lists_recipes_by_name_by_file_and_in_its_own_words(tmp_path: Pa
     space.write_text(
         f"name: s\ndescription: d\nrecipes: [rewind, mine.yaml, {{{own.replace(chr(10), ', ', 1).strip()}}}]"
     )
-    with pytest.raises(ConfigError, match="with a name of its own each"):
+    with pytest.raises(ConfigError, match="a name of its own each"):
         load_space(str(space))
     space.write_text("name: s\ndescription: d\nrecipes: [rewind, mine.yaml]")
     assert [plan.name for plan in load_space(str(space)).recipes] == ["rewind", "mine"]

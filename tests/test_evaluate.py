@@ -12,7 +12,7 @@ from autocompress.core.candidate import Candidate, LayerChoice, parse_precision
 from autocompress.core.errors import StageError
 from autocompress.core.front import Front, Limits
 from autocompress.core.measurement import Fingerprint, Measurement
-from autocompress.core.recipe import Recipe
+from autocompress.core.recipe import DEFAULT_STAGES, Quantize, Recipe, Stage
 from autocompress.core.trial import Failure, Trial
 from autocompress.device.local import LocalHost
 from autocompress.evaluate import NOT_IN_SEARCH, Evaluator
@@ -321,3 +321,20 @@ def test_a_resumed_search_measures_and_scores_nothing_that_is_in_the_record(
     assert final.score is not None
     assert final.score.test_accuracy is None
     assert final.score.reasons["test_accuracy"] == "the task has no test split"
+
+
+def test_a_file_that_fails_the_gate_of_its_bits_is_made_again_in_float(evaluator: Evaluator, fp32: Trial) -> None:
+    def gated(limit: float) -> Trial:
+        stages = (*DEFAULT_STAGES, Stage(name="bits", quantize=Quantize(), gate=limit))
+        candidate = replace(quantized("w2a8"), recipe=Recipe(stages=stages))
+        return evaluator.evaluate(candidate, "candidate")
+
+    kept, undone = gated(100.0), gated(0.0)
+    assert kept.candidate.has_bits
+    assert kept.notes == ()
+    assert not undone.candidate.has_bits
+    assert "stage 'bits' was undone: its file lost" in undone.notes[0]
+    assert "the limit is 0" in undone.notes[0]
+    assert undone.score is not None
+    assert fp32.score is not None
+    assert undone.score.accuracy == fp32.score.accuracy

@@ -22,7 +22,7 @@ FEATURES, CLASSES, WIDE, ITEMS = 16, 5, 256, 400
 QUICK = replace(
     PROFILE,
     measure=MeasurePlan(
-        warmup_runs=1, warmup_s=0, turn_s=0.001, min_blocks=5, max_duration_s=0.1, target_ci=0.05, processes=1
+        warmup_runs=1, warmup_s=0, turn_s=0.001, min_blocks=8, max_duration_s=0.1, target_ci=0.1, processes=2
     ),
 )
 TASK = """

@@ -120,6 +120,9 @@ def find_heads(model: nn.Module, call: Call) -> tuple[tuple[HeadGroup, ...], dic
 def cut_heads(model: nn.Module, groups: Sequence[HeadGroup], heads: Mapping[str, int]) -> None:
     """Keep so many heads of each named module, in place.
 
+    Modules that are no longer in the model, with a block that was left out, need no cut. torch's own modules become
+    `Attention` all together, cut or not: models that differ in their numbers of heads only have the same parts.
+
     Raises:
         StageError: there is no such module, or it has not that many heads.
     """
@@ -127,10 +130,12 @@ def cut_heads(model: nn.Module, groups: Sequence[HeadGroup], heads: Mapping[str,
     for name, count in heads.items():
         if name not in known:
             raise StageError("compress", f"there are no attention heads to cut in {name!r}")
-        group = known[name]
-        if not 0 < count <= group.count:
-            raise StageError("compress", f"{name!r} has {group.count} heads: it cannot keep {count}")
-        _cut(model, group, sorted(group.order[:count]))
+        if not 0 < count <= known[name].count:
+            raise StageError("compress", f"{name!r} has {known[name].count} heads: it cannot keep {count}")
+    present = {name for name, _ in model.named_modules()}
+    for name, group in known.items():
+        if heads and name in present:
+            _cut(model, group, sorted(group.order[: heads.get(name, group.count)]))
 
 
 def _described(name: str, module: nn.Module) -> HeadGroup | str | None:

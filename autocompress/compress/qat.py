@@ -136,7 +136,7 @@ def _grid(module: nn.Module, choice: LayerChoice, scale: NDArray[np.float32] | N
     weight = module.get_parameter("weight").detach().cpu().numpy()
     if choice.levels != "uniform":
         table = codebook(weight, choice.weight_bits, choice.levels)[1]
-        return Book(table, moves=choice.levels == "kmeans")
+        return Book(table, moves=choice.levels == "kmeans", integer=choice.kernel == "int8")
     return Even(quantize_weight(weight, choice.weight_bits, 0)[1] if scale is None else scale, choice.weight_bits)
 
 

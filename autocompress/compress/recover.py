@@ -80,7 +80,7 @@ def train(
         train(assistant, only, material, teachers=teachers, steps=share, seed=seed + i, progress=progress, cache=cache)
         teachers, cache = [assistant, *teachers[1:]], None
         steps -= share
-    with torch.random.fork_rng(devices=[]), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with torch.random.fork_rng(devices=[]), torch.backends.cudnn.flags(enabled=True, deterministic=True):
         torch.manual_seed(seed)
         run = _Training(student, only, material, teachers, steps, seed, cache)
         try:

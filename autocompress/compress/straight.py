@@ -45,9 +45,14 @@ class Book(nn.Module):
 
     table: Tensor
 
-    def __init__(self, table: NDArray[np.float32], *, moves: bool) -> None:
-        """Begin with `table`; one that does not move is a fixed pattern, such as powers of two, of a trained scale."""
+    def __init__(self, table: NDArray[np.float32], *, moves: bool, integer: bool = False) -> None:
+        """Begin with `table`; one that does not move is a fixed pattern, such as powers of two, of a trained scale.
+
+        One that moves has values for `integer` arithmetic, if told: multiples of a 63rd of the largest. These are
+        integers of 7 bits, which all kernels take, and of 8.
+        """
         super().__init__()
+        self._integer = integer
         self.register_buffer("table", torch.from_numpy(np.unique(table)))
         self.stretch = None if moves else nn.Parameter(torch.zeros(1))
 
@@ -57,8 +62,11 @@ class Book(nn.Module):
             return _apply(_RoundToTable, weight, self.stretch.exp(), self.table)
         if self.training:
             self._follow(weight.detach())
-        exact = weight.detach()
-        return weight - exact + self.table[_nearest(exact, self.table)]
+        exact, table = weight.detach(), self.table
+        if self._integer:
+            step = (table.abs().max() / 63).clamp_min(_SMALLEST)
+            table = (table / step).round() * step
+        return weight - exact + table[_nearest(exact, table)]
 
     def _follow(self, weight: Tensor) -> None:
         """One step of Lloyd's algorithm."""

@@ -137,7 +137,8 @@ class SpaceRules:
         layers, widths: rules; of those that match the last one wins.
         heads: shares of a module's attention heads that are kept.
         skip: residual blocks that may be left out, as globs.
-        recipes: ways to make a candidate; names of shipped ones in YAML, or what a file there would say.
+        recipes: ways to make a candidate; names of shipped ones in YAML, or what a file there would say. None means
+            the default one.
         students: widths of the user's `student(width)`; only used where the task has one.
         calibrators: ways to find activation ranges.
         float_precisions: arithmetic for what is not integer; of these, what the profile has.
@@ -151,7 +152,7 @@ class SpaceRules:
     students: tuple[float, ...] = ()
     heads: tuple[float, ...] = ()
     skip: tuple[str, ...] = ()
-    recipes: tuple[Plan, ...] = (Plan(name="default"),)
+    recipes: tuple[Plan, ...] = ()
     calibrators: tuple[Calibrator, ...] = ("minmax",)
     float_precisions: tuple[FloatPrecision, ...] = ("fp32", "bf16", "fp16")
 
@@ -161,8 +162,8 @@ class SpaceRules:
         if not self.calibrators:
             raise ConfigError(f"`calibrators` must name at least one of {', '.join(CALIBRATORS)}")
         names = [plan.name for plan in self.recipes]
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(f"`recipes` must be at least one, with a name of its own each, got {names}")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"`recipes` must have a name of its own each, got {names}")
         for share in self.heads:
             if not 0 < share <= 1:
                 raise ConfigError(f"`heads` must be shares in (0, 1], got {share}")
@@ -213,7 +214,7 @@ class SpaceRules:
             ranks=ranks,
             heads={h.name: counts for h in structure.heads if len(counts := _head_choices(h, self.heads)) > 1},
             skippable=tuple(b for b in structure.blocks if any(fnmatch.fnmatchcase(b, glob) for glob in self.skip)),
-            recipes=self.recipes,
+            recipes=self.recipes or (Plan(name="default"),),
             calibrators=self.calibrators,
             float_precisions=tuple(p for p in profile.float_precisions if p in (*self.float_precisions, "fp32")),
             dropped=dropped,

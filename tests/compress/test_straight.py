@@ -112,6 +112,14 @@ def test_a_codebook_that_moves_holds_means_and_keeps_its_zero() -> None:
     assert not torch.allclose(book.table, torch.tensor([-1.0, 0.0, 0.5, 2.0]))
 
 
+def test_a_codebook_for_integer_arithmetic_has_multiples_of_a_63rd_of_the_largest() -> None:
+    book = Book(np.array([-1.0, 0.2, 0.5, 2.0], np.float32), moves=True, integer=True)
+    values = book(normal(32, 32)).unique()
+    steps = 63 * values / values.abs().max()
+    assert len(values) == 4
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+
+
 def test_a_codebook_rests_while_the_model_is_evaluated() -> None:
     book = Book(np.array([-1.0, 0.0, 0.5, 2.0], np.float32), moves=True).eval()
     book(normal(32, 32))
