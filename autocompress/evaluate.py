@@ -141,7 +141,7 @@ class Evaluator:
         return self._builder.build(candidate, watch)
 
     def _against(self, built: Built, accuracy: float) -> str | None:
-        """Why a file does not pass the gate of the stage that prepares for bits, None where it does or there is none."""
+        """Why a file does not pass the gate of the stage that prepares for its bits, None where it does."""
         stage = built.candidate.recipe.last_gate
         if stage is None or stage.gate is None or not built.candidate.has_bits:
             return None

@@ -108,7 +108,7 @@ def export_template(
     fold_constants(exported)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(exported)
     _drop_zero_biases(graph)
-    _free_reshaped_sizes(graph)
+    _free_flattened_sizes(graph)
     exported.ir_version = IR_VERSION
     forget_tracing(exported)
     nodes, unmapped = _find_layers(graph, layers)
@@ -173,32 +173,23 @@ def _drop_zero_biases(graph: ir.Graph) -> None:
                 node.resize_inputs(2)
 
 
-def _free_reshaped_sizes(graph: ir.Graph) -> None:
-    """A reshape is traced with its sizes spelt out, `[batch, 512]` or `[batch, 10, 4 heads, 16]`.
-
-    `[0, -1]` and `[0, 0, -1, 16]`, with 0 for an axis that stays, say the same for every width and number of heads.
-    """
+def _free_flattened_sizes(graph: ir.Graph) -> None:
+    """`flatten(1)` is traced with the size spelt out: [batch, 512]. [batch, -1] says the same for every width."""
     for node in graph:
-        if node.op_type != "Reshape":
+        if node.op_type != "Reshape" or (shape := node.inputs[1]) is None:
             continue
-        before, after = _sizes(node.inputs[0]), _sizes(node.outputs[0])
-        if before is None or after is None:
+        source = shape.producer()
+        if source is None or source.op_type != "Concat" or len(source.inputs) != 2:
             continue
-        alike = next((i for i, (b, a) in enumerate(zip(before, after, strict=False)) if b != a), len(before))
-        free = min(alike, len(after) - 1)
-        rest = [size for size in after[free + 1 :] if isinstance(size, int)]
-        if len(rest) == len(after) - free - 1:
-            sizes = np.array([0] * free + [-1] + rest, np.int64)
-            node.replace_input_with(1, constant(graph, f"{node.name}_sizes", sizes))
-            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+        first, last = source.inputs
+        size = _known(last)
+        if _known(first) is None and size is not None and size.shape == (1,) and last is not None:
+            source.replace_input_with(1, constant(graph, f"{node.name}_rest", np.array([-1], np.int64)))
 
 
-def _sizes(value: ir.Value | None) -> list[int | str] | None:
-    """Known sizes of the axes, and names of free ones; None where an axis has neither, or where there is none."""
-    if value is None or not value.shape:
-        return None
-    found = [d if isinstance(d, int) else d.value for d in value.shape]
-    return None if None in found else [size for size in found if size is not None]
+def _known(value: ir.Value | None) -> NDArray[np.generic] | None:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
 
 
 def _find_layers(graph: ir.Graph, layers: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
