@@ -30,6 +30,7 @@ from autocompress.build import Builder
 from autocompress.compress.recover import train
 from autocompress.config import load_profile
 from autocompress.core.recipe import Distill, Train
+from autocompress.device.fingerprint import Machine
 from autocompress.task import check_task, load_task
 
 RESULTS = Path(__file__).parent / "results" / "trainer.json"
@@ -65,12 +66,11 @@ def main() -> int:
     task = check_task(load_task(given.task))
     with tempfile.TemporaryDirectory() as folder:
         material = Builder(task, Path(folder), load_profile("cpu-onnxruntime"))._setting.material
-        inputs, labels = material.fetch(range(BATCH * given.steps))
+        inputs, labels = material.fetch(range(material.items))
         images = next(iter(inputs.values()))
         model = copy.deepcopy(task.model).requires_grad_(True)
         order = material.orders(BATCH, 0)
         taken = [[int(i) for i in next(order)] for _ in range(given.steps)]
-        inside = [[i % len(images) for i in rows] for rows in taken]
         found = {}
         for kind in ("none", "logits"):
             how = Train(optimizer="sgd", learning_rate=0.05, batch_size=BATCH, distill=Distill(kind=kind))
@@ -79,7 +79,10 @@ def main() -> int:
                 student = copy.deepcopy(task.model)
                 train(student, how, material, teachers=[task.model], steps=given.steps, seed=0, cache=Path(folder))
 
-            turns = {"trainer": ours, "hand": lambda: by_hand(model, images, labels, inside)}
+            turns: dict[str, Callable[[], object]] = {
+                "trainer": ours,
+                "hand": lambda: by_hand(model, images, labels, taken),
+            }
             for act in turns.values():  # warm-up, and the teacher's answers
                 act()
             ratios = []
@@ -90,10 +93,12 @@ def main() -> int:
                     spent[name] += seconds(turns[name])
                 ratios.append(spent["hand"] / spent["trainer"])
                 print(f"{kind}: {spent['hand'] / 2 / given.steps:.3f} s a step by hand, {ratios[-1]:.3f}", flush=True)
-            half = 2.365 * statistics.stdev(ratios) / len(ratios) ** 0.5  # Student's t for 8 blocks
-            mean = statistics.fmean(ratios)
-            found[kind] = {"ratio": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
-    RESULTS.write_text(json.dumps({"batch": BATCH, "load": os.getloadavg()[0], **found}, indent=1) + "\n")
+            spread = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+            found[kind] = {name: round(value, 3) for name, value in spread.items()}
+    RESULTS.write_text(
+        json.dumps({"batch": BATCH, "load_average": os.getloadavg()[0], "cpu": Machine().cpu_model, **found}, indent=1)
+        + "\n"
+    )
     print(json.dumps(found))
     return 0 if all(f["ratio"] >= 0.9 for f in found.values()) else 1
 
