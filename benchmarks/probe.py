@@ -65,7 +65,7 @@ def sixteen_bit_activations(task: CheckedTask) -> float:
     with tempfile.TemporaryDirectory() as name, LocalHost(profile) as host:
         folder = Path(name)
         (folder / "artifacts").mkdir()
-        fp32 = Builder(task, folder, profile).build(Candidate(), Stopwatch())
+        fp32 = Builder(task, folder, profile).build(Candidate(), Stopwatch()).artifact
         path = folder / "w8a16.onnx"
         quantize_static(
             fp32.path, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,

@@ -56,7 +56,7 @@ def test_what_is_asked_of_each_layer_is_what_runs(
     gpu: Gpu, builder: Builder, task: CheckedTask, floats: FloatPrecision
 ) -> None:
     layers = dict.fromkeys(("conv", "fc"), parse_precision("w8a8"))
-    artifact = builder.build(Candidate(layers=layers, float_precision=floats), Stopwatch())
+    artifact = builder.build(Candidate(layers=layers, float_precision=floats), Stopwatch()).artifact
     ratio, executed = run(artifact, task)
     assert ratio > 20
     assert executed == {"conv": "int8", "up": NAMES[floats], "fc": "int8"}
@@ -65,9 +65,9 @@ def test_what_is_asked_of_each_layer_is_what_runs(
 
 def test_the_builder_is_told_of_the_pattern_and_of_nothing_else(gpu: Gpu, builder: Builder, task: CheckedTask) -> None:
     pattern = Sparsity(ratio=0.5, pattern="2:4")
-    sparse = builder.build(Candidate(layers={"up": LayerChoice(sparsity=pattern)}), Stopwatch())
+    sparse = builder.build(Candidate(layers={"up": LayerChoice(sparsity=pattern)}), Stopwatch()).artifact
     assert sparse.options == {"sparse_weights": True}
-    spread = builder.build(Candidate(layers={"up": LayerChoice(sparsity=Sparsity(ratio=0.5))}), Stopwatch())
+    spread = builder.build(Candidate(layers={"up": LayerChoice(sparsity=Sparsity(ratio=0.5))}), Stopwatch()).artifact
     assert spread.options == {}
     for artifact in (sparse, spread):
         run(artifact, task)
@@ -76,7 +76,7 @@ def test_the_builder_is_told_of_the_pattern_and_of_nothing_else(gpu: Gpu, builde
 
 def test_every_baseline_is_an_engine(gpu: Gpu, builder: Builder, task: CheckedTask) -> None:
     floats: list[FloatPrecision] = ["fp32", "fp16"]
-    made = [builder.build(Candidate(float_precision=f), Stopwatch()) for f in floats]
+    made = [builder.build(Candidate(float_precision=f), Stopwatch()).artifact for f in floats]
     ratios = [run(artifact, task)[0] for artifact in (*made, builder.vendor_int8(Stopwatch()))]
     assert [ratio > least for ratio, least in zip(ratios, (90, 40, 20), strict=True)] == [True] * 3
     assert run(builder.vendor_int8(Stopwatch()), task)[1] == dict.fromkeys(LAYERS, "int8")
@@ -86,5 +86,5 @@ def test_eight_bit_floats_are_a_dialect_of_the_profile(gpu: Gpu, task: CheckedTa
     (tmp_path / "artifacts").mkdir()
     builder = Builder(task, tmp_path, replace(load_profile("nvidia-tensorrt"), dialect="fp8"))
     layers = dict.fromkeys(LAYERS, parse_precision("w8a8"))
-    ratio, _ = run(builder.build(Candidate(layers=layers, float_precision="fp16"), Stopwatch()), task)
+    ratio, _ = run(builder.build(Candidate(layers=layers, float_precision="fp16"), Stopwatch()).artifact, task)
     assert ratio > 15
