@@ -4,7 +4,9 @@ Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correc
 measured on calibration items.
 """
 
+import contextlib
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from autocompress.compress.absorb import followers
 from autocompress.compress.cluster import codebook
 from autocompress.compress.material import Material
 from autocompress.compress.quantize import Learned, quantize_weight
+from autocompress.compress.rows import Reached
 from autocompress.core.candidate import LayerChoice
 
 ITEMS = 128
@@ -43,19 +46,18 @@ def correct_bias(
     batches = [batch for batch, _ in material.calibration(ITEMS, BATCH)]
     after = followers(model, lambda m: material.call(m, batches[0]))
     rounded = rounded_copy(model, layers, learned)
-    done = []
+    runs = _runs(model, layers, lambda m: material.call(m, batches[0]))
+    holders = {name: name if _bias(model, name) is not None else after.get(name, "") for name in runs}
+    holders = {name: holder for name, holder in holders.items() if holder and _bias(model, holder) is not None}
     with torch.no_grad():
-        for name in _in_order(model, layers, lambda m: material.call(m, batches[0])):
-            holder = name if _bias(model, name) is not None else after.get(name, "")
-            if not holder or _bias(model, holder) is None:
-                continue
-            ends = [_mean(net, holder, batches, material) for net in (reference, rounded)]
+        wanted = _means(reference, {holder: runs[name] for name, holder in holders.items()}, batches, material)
+        for name, holder in holders.items():
+            error = _means(rounded, {holder: runs[name]}, batches, material)[holder] - wanted[holder]
             for net in (model, rounded):
                 bias = _bias(net, holder)
                 assert bias is not None
-                bias.add_(ends[0] - ends[1])
-            done.append(name)
-    return tuple(done)
+                bias.sub_(error)
+    return tuple(holders)
 
 
 def rounded_copy(model: nn.Module, layers: Mapping[str, LayerChoice], learned: Learned) -> nn.Module:
@@ -77,11 +79,11 @@ def rounded_copy(model: nn.Module, layers: Mapping[str, LayerChoice], learned: L
     return rounded
 
 
-def _in_order(model: nn.Module, layers: Mapping[str, LayerChoice], call: Any) -> list[str]:
-    """Convolutions and linear layers among `layers`, as they run."""
-    seen: list[str] = []
+def _runs(model: nn.Module, layers: Mapping[str, LayerChoice], call: Any) -> Counter[str]:
+    """How often convolutions and linear layers among `layers` run, in the order in which they do."""
+    seen: Counter[str] = Counter()
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.update([name]))
         for name in layers
         if isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d | nn.Linear)
     ]
@@ -89,7 +91,7 @@ def _in_order(model: nn.Module, layers: Mapping[str, LayerChoice], call: Any) ->
         call(model)
     for handle in handles:
         handle.remove()
-    return list(dict.fromkeys(seen))
+    return seen
 
 
 def _bias(model: nn.Module, name: str) -> Tensor | None:
@@ -97,17 +99,25 @@ def _bias(model: nn.Module, name: str) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def _mean(model: nn.Module, name: str, batches: list[dict[str, Tensor]], material: Material) -> Tensor:
-    """The mean of each channel that a module gives."""
-    module = model.get_submodule(name)
-    total: list[Tensor] = []
+def _means(
+    model: nn.Module, runs: Mapping[str, int], batches: list[dict[str, Tensor]], material: Material
+) -> dict[str, Tensor]:
+    """The mean of each channel that modules give, which run so often in a forward; it ends with the last of them."""
+    found: dict[str, list[Tensor]] = {name: [] for name in runs}
 
-    def look(_: nn.Module, __: Any, output: Tensor) -> None:
+    def look(name: str, module: nn.Module, output: Tensor) -> None:
         by_channel = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
-        total.append(by_channel.flatten(0, -2).mean(0))
+        found[name].append(by_channel.flatten(0, -2).mean(0))
+        if sum(map(len, found.values())) % sum(runs.values()) == 0:
+            raise Reached
 
-    handle = module.register_forward_hook(look)
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, _, output, name=name: look(name, m, output))
+        for name in runs
+    ]
     for batch in batches:
-        material.call(model, batch)
-    handle.remove()
-    return torch.stack(total).mean(0)
+        with contextlib.suppress(Reached):
+            material.call(model, batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(means).mean(0) for name, means in found.items()}

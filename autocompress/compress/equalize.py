@@ -14,6 +14,7 @@ from autocompress.compress.width import ChannelGroup, Cut, channel_groups
 
 Call = Callable[[nn.Module], Any]
 _TOLERANCE = 1e-3
+_FAR = 1024.0  # what bends beyond the sample (ReLU6) is seen with channels that many times as large; exact in floats
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -22,7 +23,8 @@ def equalize(model: nn.Module, call: Call) -> tuple[str, ...]:
     """Scale the channels between layers so that both sides need equal ranges for each channel, in place.
 
     That changes nothing where what lies between is linear for positive factors: a rectifier, a pool, a BatchNorm in
-    eval mode. It is tried for each channel group, and taken back where outputs change.
+    eval mode. It is tried for each channel group, also with channels far larger than the sample's, and taken back where
+    outputs change.
 
     Args:
         model: in eval mode; BatchNorm best absorbed, since weights are looked at without it.
@@ -37,17 +39,18 @@ def equalize(model: nn.Module, call: Call) -> tuple[str, ...]:
         wanted = outputs_of(call(model))
         for group in groups:
             before = {name: value.clone() for name, value in model.state_dict().items()}
-            if not _scale(model, group):
-                continue
-            if _equal(outputs_of(call(model)), wanted):
-                done.append(group.name)
-            else:
+            for extra in (1 / _FAR, 1.0):
                 model.load_state_dict(before)
+                if not (_scale(model, group, extra) and _equal(outputs_of(call(model)), wanted)):
+                    model.load_state_dict(before)
+                    break
+            else:
+                done.append(group.name)
     return tuple(done)
 
 
-def _scale(model: nn.Module, group: ChannelGroup) -> bool:
-    """Whether the group has one kind of giver and reader, whose ranges are then alike."""
+def _scale(model: nn.Module, group: ChannelGroup, extra: float) -> bool:
+    """Whether the group has one kind of giver and reader; the ratio of their ranges is then `extra` squared."""
     modules = {cut.module: model.get_submodule(cut.module) for cut in group.cuts}
     if not all(isinstance(module, (*_LAYERS, _BatchNorm)) for module in modules.values()):
         return False
@@ -66,7 +69,7 @@ def _scale(model: nn.Module, group: ChannelGroup) -> bool:
     # Both ranges become √(given · read); silent channels stay as they are.
     factor = torch.where((given > 0) & (read > 0), (given / read.clamp_min(1e-12)).sqrt(), torch.ones(()))
     for cut in group.cuts:
-        _apply(modules[cut.module], cut, factor[list(cut.root)])
+        _apply(modules[cut.module], cut, extra * factor[list(cut.root)])
     return True
 
 

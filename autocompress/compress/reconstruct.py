@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.compress.material import Batch, Material
-from autocompress.compress.rows import Layer, inputs_at, outputs_at
+from autocompress.compress.rows import AT_ONCE, Layer, inputs_at, outputs_at
 from autocompress.compress.width import ChannelGroup
 
 ITEMS = 256
 BATCH = 32
-AT_ONCE = 8  # layers whose outputs are kept in memory
 MOST_INPUTS = 4096  # of one output: the normal equations of more take gigabytes
 RIDGE = 1e-3  # of the mean squared input: new weights stay near the old ones where the data do not say
 ALIKE = 1e-6  # relative error below which a layer needs nothing

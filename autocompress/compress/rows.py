@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from autocompress.compress.material import Batch
 
 PLACES = 64  # of each item's output that are looked at
+AT_ONCE = 8  # layers whose outputs are kept in memory
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
-class _Reached(Exception):
-    """The layer that was waited for has its input: the rest of the forward is of no interest."""
+class Reached(Exception):
+    """What was waited for is there: the rest of the forward is of no interest."""
 
 
 def _places(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -59,13 +60,13 @@ def inputs_at(
 
     def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         found.append(_patches(layer, inputs[0], len(found)))
-        raise _Reached
+        raise Reached
 
     handle = model.get_submodule(name).register_forward_pre_hook(look)
     for batch in batches:
         try:
             run(model, batch)
-        except _Reached:
+        except Reached:
             continue
     handle.remove()
     return found

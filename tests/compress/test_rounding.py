@@ -104,3 +104,12 @@ def test_equalised_layers_compute_the_same_with_ranges_that_are_alike(model: nn.
     chosen = {block.replace("conv1", "conv2"): parse_precision("w4a32")}
     errors = [wrong(rounded_copy(net, chosen, Learned()), net) for net in (even, uneven)]
     assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize(("between", "done"), [(nn.ReLU(), ("0",)), (nn.ReLU6(), ()), (nn.Hardswish(), ())])
+def test_what_bends_beyond_the_sample_is_not_equalised(between: nn.Module, done: tuple[str, ...]) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), between, nn.Linear(8, 3)).requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    x = 0.01 * torch.rand(2, 4)  # nothing in it comes near 6
+    assert equalize(net, lambda m: m(x)) == done
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items()) == (not done)
