@@ -58,9 +58,10 @@ def test_latency_is_the_small_models_and_the_large_ones_for_its_share(
     reference, small, large = (fake_artifact(n, work_ms=ms) for n, ms in (("r", 1.0), ("s", 0.2), ("l", 0.8)))
     cascade = Cascade(small=small, large=large, rule=rule)
     found = fake_host.measure([reference, cascade, large], inputs, rows=[int(row) for row in rows])
-    assert found[0].ratio == pytest.approx(0.2 + 0.8 * sent_on / 4, rel=0.1)
-    assert found[1].ratio == pytest.approx(0.8, rel=0.1)
-    assert found[0].reference_ms == pytest.approx(1.0, rel=0.1)
+    # a share of one item in four is 0.2: noise of a busy machine must not pass for one
+    assert found[0].ratio == pytest.approx(0.2 + 0.8 * sent_on / 4, abs=0.08)
+    assert found[1].ratio == pytest.approx(0.8, abs=0.08)
+    assert found[0].reference_ms == pytest.approx(1.0, rel=0.25)
     assert found[0].artifact_sha256 == cascade.key
 
 
