@@ -40,10 +40,10 @@ def test_measures_each_artifact_against_the_first(
     found = fake_host.measure([reference, fast, slow], inputs)
     assert [m.artifact_sha256 for m in found] == [fast.sha256, slow.sha256]
     assert {m.reference_sha256 for m in found} == {reference.sha256}
-    assert found[0].ratio == pytest.approx(0.5, rel=0.1)
-    assert found[1].ratio == pytest.approx(2.0, rel=0.1)
+    assert found[0].ratio == pytest.approx(0.5, rel=0.25)
+    assert found[1].ratio == pytest.approx(2.0, rel=0.25)
     assert separated(found[0].ratio_ci, found[1].ratio_ci)
-    assert found[0].reference_ms == pytest.approx(0.4, rel=0.1)
+    assert found[0].reference_ms == pytest.approx(0.4, rel=0.25)
     assert {m.clock for m in found} == {"process_cpu"}
     assert found[0].fingerprint.facts["runtime"] == f"{FAKE} 1.0"
 

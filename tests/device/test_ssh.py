@@ -77,7 +77,7 @@ def test_every_job_gives_there_what_it_gives_here(
     )
     for fresh in (False, True):
         (found,) = host.measure([reference, fast], inputs, fresh=fresh)
-        assert found.ratio == pytest.approx(0.5, rel=0.1)
+        assert found.ratio == pytest.approx(0.5, rel=0.25)
     assert found.fingerprint == host.fingerprint()
     assert host.executed(fast, inputs) == {"x": "int8"}
     assert host.peak_memory(fast, inputs) > 0
@@ -103,7 +103,7 @@ def test_a_cascade_runs_there_as_it_does_here(
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "output.npy"), np.where(unsure[:, None], -x, x))
     rows = [int(np.argmin(sure)), int(np.argmax(sure))]
     (found,) = host.measure([reference, cascade], inputs, rows=rows)
-    assert found.ratio == pytest.approx(0.2 + 0.8 / 2, rel=0.1)
+    assert found.ratio == pytest.approx(0.2 + 0.8 / 2, abs=0.1)
 
 
 def test_files_are_copied_once_by_hash_and_outputs_do_not_stay(
