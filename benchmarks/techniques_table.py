@@ -95,7 +95,7 @@ def table(given: argparse.Namespace) -> int:
         spent = sum(line["seconds"][f"{stage}_cpu"] for stage in ("prune", "train", "export", "int8"))
         path = given.work / better["path"]
         sha = sha256_of(path) if path.exists() else ""
-        row_like = {"test": better["test"], "bytes": better["bytes"], "packed": 0, "cpu_s": spent}
+        row_like = {"test": better["test"], "bytes": better["bytes"], "packed": None, "cpu_s": spent}
         by_hand.setdefault(line["ratio"], []).append({**row_like, "latency": latency.get(sha)})
     for ratio, found in sorted(by_hand.items()):
         print(_line(f"by hand: {ratio:.0%} cut, two epochs, W8A8", found))
@@ -112,7 +112,9 @@ def _line(name: str, found: Sequence[Mapping[str, Any]]) -> str:
         mean = statistics.fmean(t["ratio"] for t in timed) if timed else None
         low, high = min((t["low"] for t in timed), default=0), max((t["high"] for t in timed), default=0)
         cells.append("" if mean is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-    cells += [f"{statistics.fmean(line[n] for line in found) / 1000:.0f}" for n in ("bytes", "packed")]
+    for name in ("bytes", "packed"):
+        counts = [line[name] for line in found if line[name] is not None]
+        cells.append(f"{statistics.fmean(counts) / 1000:.0f}" if counts else "")
     return "| " + " | ".join([*cells, f"{statistics.fmean(line['cpu_s'] for line in found):.0f}"]) + " |"
 
 
