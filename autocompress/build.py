@@ -288,4 +288,5 @@ def _with_bits(done: Candidate, candidate: Candidate) -> Candidate:
     for name, choice in candidate.layers.items():
         reached = done.layers.get(name, LayerChoice())
         layers[name] = dataclasses.replace(choice, sparsity=reached.sparsity, rank=reached.rank)
-    return dataclasses.replace(done, layers=layers, float_precision=candidate.float_precision, recipe=candidate.recipe)
+    recipe = dataclasses.replace(candidate.recipe, recover_steps=done.recipe.recover_steps)
+    return dataclasses.replace(done, layers=layers, float_precision=candidate.float_precision, recipe=recipe)

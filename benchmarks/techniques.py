@@ -17,6 +17,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ class Row:
     skip: tuple[str, ...] = ()
     student: float | None = None
     stages: tuple[Stage, ...] = DEFAULT_STAGES
+    answered: bool = False
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic's own name, read once
 
@@ -166,6 +168,10 @@ def one(row: Row, seed: int, reference: str, work: Path) -> dict[str, Any]:
     (folder / "artifacts").mkdir(parents=True, exist_ok=True)
     with host:
         builder = Builder(task, folder, profile)
+        if row.answered:
+            builder.build(candidate(row, seed, builder.structure, profile), Stopwatch())
+            shutil.rmtree(folder / "weights")
+            builder = Builder(task, folder, profile)
         watch, before = Stopwatch(), _cpu_s()
         notes: tuple[str, ...] = ()
         if row.vendor:

@@ -41,7 +41,8 @@ class Compressed:
 
     Attributes:
         learned: weight scales and ranges that a stage found, for the export.
-        done: the candidate as it was reached: stages that were undone are not in it.
+        done: the candidate as it was reached: stages that were undone are not in it, and its recipe has the steps
+            that were trained.
         notes: what was undone and why, one sentence each.
         fallback: the model before the stage that prepares for bits, where the finished file has to pass its gate.
     """
@@ -83,11 +84,12 @@ class Setting:
 
 @dataclass(slots=True, kw_only=True)
 class _State:
-    """Where the pipeline stands; `part` is the share of the way to the candidate."""
+    """Where the pipeline stands; `part` is the share of the way to the candidate, `steps` were trained."""
 
     model: nn.Module
     at: Candidate
     part: float = 0.0
+    steps: int = 0
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
 
@@ -144,12 +146,13 @@ class _Pipeline:
         )
 
     def _done(self, state: _State) -> Candidate:
-        """Bits are the candidate's, unless the stage that prepares for them was undone."""
+        """Bits are the candidate's, unless the stage that prepares for them was undone; steps are those trained."""
         layers = {
             name: replace(choice, rank=_own(state.at, name).rank, sparsity=_own(state.at, name).sparsity)
             for name, choice in self._candidate.layers.items()
         }
-        done = replace(state.at, layers=layers, float_precision=self._candidate.float_precision)
+        recipe = replace(self._candidate.recipe, recover_steps=state.steps)
+        done = replace(state.at, layers=layers, float_precision=self._candidate.float_precision, recipe=recipe)
         undone = any(stage.quantize and stage.name in self._undone for stage in self._candidate.recipe.stages)
         return done.without_bits() if undone else done
 
@@ -308,7 +311,7 @@ class _Pipeline:
         if steps == 0:
             return
         setting = self._setting
-        train(
+        trained = train(
             state.model,
             how,
             self._material,
@@ -320,6 +323,7 @@ class _Pipeline:
             cache=setting.cache,
             resize=self._resized,
         )
+        state.steps += trained.steps
 
     def _resized(self, ratio: float) -> nn.Module:
         """An assistant: the user's student of that width, or the original cut evenly, but not below the candidate."""

@@ -33,6 +33,7 @@ class Trained:
     """How a training went.
 
     Attributes:
+        steps: that were taken, those of assistants too.
         best: the best metric on validation, None where it did not look.
         stopped: "steps", "seconds" or "patience".
     """
@@ -69,7 +70,7 @@ def train(
         StageError: the loss is not finite, or the recipe asks for what the task does not have.
     """
     ratios = how.distill.assistants
-    share = steps // (len(ratios) + 1)
+    share, before = steps // (len(ratios) + 1), 0
     only = replace(how, distill=replace(how.distill, assistants=()))
     if how.seconds is not None:
         only = replace(only, seconds=how.seconds / (len(ratios) + 1))
@@ -77,14 +78,18 @@ def train(
         if resize is None:
             raise StageError("recover", "assistants need a model that can be cut, or a student of the task")
         assistant = resize(ratio)
-        train(assistant, only, material, teachers=teachers, steps=share, seed=seed + i, progress=progress, cache=cache)
+        taught = train(
+            assistant, only, material, teachers=teachers, steps=share, seed=seed + i, progress=progress, cache=cache
+        )
         teachers, cache = [assistant, *teachers[1:]], None
         steps -= share
+        before += taught.steps
     with torch.random.fork_rng(devices=[]), torch.backends.cudnn.flags(enabled=True, deterministic=True):
         torch.manual_seed(seed)
         run = _Training(student, only, material, teachers, steps, seed, cache)
         try:
-            return run.go(after_step, progress)
+            trained = run.go(after_step, progress)
+            return replace(trained, steps=trained.steps + before)
         finally:
             run.close()
 

@@ -270,10 +270,29 @@ def test_all_schedules_end_with_the_share_of_zeros(described: Get, schedule: Any
 
 def test_a_copy_of_the_original_is_not_trained_to_be_a_copy(described: Get) -> None:
     case = described("residual")
-    same_as_before = applied(case, Candidate(recipe=Recipe(recover_steps=5)))
-    assert same(same_as_before.state_dict(), case.net.state_dict())
+    made = apply(Candidate(recipe=Recipe(recover_steps=5)), setting(case))
+    assert same(made.model.state_dict(), case.net.state_dict())
+    assert made.done.recipe.recover_steps == 0
     born_again = Stage(name="again", train=Train(distill=Distill(teachers="self")))
     assert not same(applied(case, Candidate(recipe=plan(born_again, steps=5))).state_dict(), case.net.state_dict())
+
+
+def test_what_was_reached_tells_the_steps_that_were_taken(described: Get) -> None:
+    """Not those asked for: assistants count, a training that ends early does not go on, an undone stage never was."""
+    case = described("residual")
+
+    def steps(*stages: Stage, **more: Any) -> int:
+        candidate = Candidate(widths=halves(case), recipe=plan(*stages, steps=8))
+        return apply(candidate, setting(case, **more)).done.recipe.recover_steps
+
+    def cut(**how: Any) -> Stage:
+        return Stage(name="cut", prune=Prune(), train=Train(**how))
+
+    assert steps(cut()) == 8
+    assert steps(cut(distill=Distill(assistants=(0.7,)))) == 8
+    assert steps(cut(seconds=1e-9)) == 1
+    undone = Stage(name="again", train=Train(share=0.5), gate=10.0)
+    assert steps(cut(share=0.5), undone, validate=scored(1.0, 0.5)) == 4
 
 
 def test_every_kind_of_cut_at_once(described: Get) -> None:
