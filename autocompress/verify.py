@@ -19,6 +19,9 @@ from autocompress.remeasure import Progress, Scorer, changed, open_task, overlap
 OUTPUT_TOLERANCE = 0.02
 # Where the metric is too slow for an interval, the same file must give the same figure, but for its rounding.
 ACCURACY_TOLERANCE = 1e-3
+# An interval tells what one session's noise is. Two sessions of one file, on one busy machine, were up to 5 % further
+# apart than theirs (0.405 and 0.417, 0.661 and 0.690 of fp32); another model is further off than that, or no loss.
+SESSION_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +54,9 @@ class Verification:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What lies outside its recorded interval, a sentence each; empty for a package that holds."""
+        """What is not as recorded, a sentence each; empty for a package that holds."""
         found = []
-        if not overlap(self.ratio, self.ratio_now):
+        if _apart(self.ratio, self.ratio_now):
             found.append(f"latency over fp32's is {_text(self.ratio_now)}, recorded was {_text(self.ratio)}")
         low, high = self.accuracy_range
         if self.accuracy_now is not None and not low <= self.accuracy_now <= high:
@@ -92,7 +95,8 @@ def verify_package(
 ) -> Verification:
     """Compare a package with its record: its files' hashes, its latency against fp32, its accuracy and outputs.
 
-    A latency whose interval does not meet the recorded one is measured a second time before it counts.
+    A latency whose interval stays more than a tenth away from the recorded one is measured a second time before it
+    counts: intervals tell the noise within a session, and sessions differ by more.
 
     Args:
         host: measures in the place of the device.
@@ -124,8 +128,8 @@ def _verify(package: Package, host: Host, progress: Progress) -> Verification:
         progress(f"measuring in {processes} fresh processes")
         rows = _rows(package, Path(scratch))
         parts = rounds(host, package.baseline, package.model, inputs, processes, rows)
-        if not overlap(merge(parts).ratio_ci, score.ratio_ci):
-            progress("outside the recorded interval: measuring a second time")
+        if _apart(score.ratio_ci, merge(parts).ratio_ci):
+            progress("outside what was recorded: measuring a second time")
             parts += rounds(host, package.baseline, package.model, inputs, processes, rows)
         measured = merge(parts)
         progress("scoring on validation")
@@ -190,6 +194,12 @@ def _difference(package: Package, host: Host, inputs: Path, out: Path) -> float:
         apart = float(np.sqrt(np.mean(np.square(now.astype(np.float64) - before))))
         worst = max(worst, apart / max(scale, 1e-12))
     return worst
+
+
+def _apart(recorded: Interval, now: Interval) -> bool:
+    """Whether two sessions' ratios differ by more than sessions of one file do."""
+    low, high = recorded
+    return not overlap((low * (1 - SESSION_TOLERANCE), high * (1 + SESSION_TOLERANCE)), now)
 
 
 def _text(interval: Interval) -> str:
