@@ -31,6 +31,7 @@ def test_a_search_on_two_devices(tmp_path: Path, quick_profile: Path, capsys: py
         assert len(processes) > 1
         assert not [t for t in found.trials() if t.score is None]
         assert main(["pick", str(run), "--fastest", "--out", str(package)]) == 0
+        capsys.readouterr()
         assert main(["verify", str(package), "--json"]) in (0, 1)
         assert made.but_latency(json.loads(capsys.readouterr().out)["faults"]) == []
         assert main(["reprofile", str(run), "--on", "local"]) == 0
