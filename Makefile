@@ -21,7 +21,7 @@ demo: $(VENV)/demo.stamp
 
 test: lint
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
