@@ -18,6 +18,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _seeded_module() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(_seeded_module: None) -> None:
+    """Networks made without a seed of their own are the same in every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def quick_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped profile, measuring for a shorter time."""

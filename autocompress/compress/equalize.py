@@ -15,6 +15,7 @@ from autocompress.compress.width import ChannelGroup, Cut, channel_groups
 Call = Callable[[nn.Module], Any]
 _TOLERANCE = 1e-3
 _FAR = 1024.0  # what bends beyond the sample (ReLU6) is seen with channels that many times as large; exact in floats
+_TRIES = ((-1.0, 1 / _FAR), (1.0, 1 / _FAR), (1.0, 1.0))  # (sign, extra); the last is what stays
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -23,8 +24,8 @@ def equalize(model: nn.Module, call: Call) -> tuple[str, ...]:
     """Scale the channels between layers so that both sides need equal ranges for each channel, in place.
 
     That changes nothing where what lies between is linear for positive factors: a rectifier, a pool, a BatchNorm in
-    eval mode. It is tried for each channel group, also with channels far larger than the sample's, and taken back where
-    outputs change.
+    eval mode. It is tried for each channel group, also with channels far larger than the sample's, and with their signs
+    turned, which wakes those that the sample leaves silent; where outputs change, it is taken back.
 
     Args:
         model: in eval mode; BatchNorm best absorbed, since weights are looked at without it.
@@ -36,12 +37,20 @@ def equalize(model: nn.Module, call: Call) -> tuple[str, ...]:
     done = []
     groups, _ = channel_groups(model, call, names)
     with torch.no_grad():
-        wanted = outputs_of(call(model))
+        outputs = outputs_of(call(model))
         for group in groups:
+            factor = _factor(model, group)
+            if factor is None:
+                continue
             before = {name: value.clone() for name, value in model.state_dict().items()}
-            for extra in (1 / _FAR, 1.0):
+            for sign, extra in _TRIES:
                 model.load_state_dict(before)
-                if not (_scale(model, group, extra) and _equal(outputs_of(call(model)), wanted)):
+                wanted = outputs
+                if sign < 0:
+                    _apply(model, group, torch.full_like(factor, sign), read=False)
+                    wanted = outputs_of(call(model))
+                _apply(model, group, extra * factor)
+                if not _equal(outputs_of(call(model)), wanted):
                     model.load_state_dict(before)
                     break
             else:
@@ -49,32 +58,35 @@ def equalize(model: nn.Module, call: Call) -> tuple[str, ...]:
     return tuple(done)
 
 
-def _scale(model: nn.Module, group: ChannelGroup, extra: float) -> bool:
-    """Whether the group has one kind of giver and reader; the ratio of their ranges is then `extra` squared."""
+def _factor(model: nn.Module, group: ChannelGroup) -> Tensor | None:
+    """What makes the ranges of both sides alike, for each channel; None unless it has one kind of giver and reader."""
     modules = {cut.module: model.get_submodule(cut.module) for cut in group.cuts}
     if not all(isinstance(module, (*_LAYERS, _BatchNorm)) for module in modules.values()):
-        return False
+        return None
     if any(getattr(m, "groups", 1) not in (1, getattr(m, "out_channels", 1)) for m in modules.values()):
-        return False
+        return None
     given, read = torch.zeros(group.width), torch.zeros(group.width)
     for cut in group.cuts:
-        module = modules[cut.module]
+        module: Any = modules[cut.module]
         if not isinstance(module, _LAYERS):
             continue
         rows = module.weight.detach().transpose(0, 1) if cut.is_input else module.weight.detach()
         largest = rows.abs().flatten(1).amax(1)[list(cut.index)]
         (read if cut.is_input else given).scatter_reduce_(0, torch.tensor(cut.root), largest, "amax")
     if not (bool((given > 0).any()) and bool((read > 0).any())):
-        return False
+        return None
     # Both ranges become √(given · read); silent channels stay as they are.
-    factor = torch.where((given > 0) & (read > 0), (given / read.clamp_min(1e-12)).sqrt(), torch.ones(()))
+    return torch.where((given > 0) & (read > 0), (given / read.clamp_min(1e-12)).sqrt(), torch.ones(()))
+
+
+def _apply(model: nn.Module, group: ChannelGroup, factor: Tensor, read: bool = True) -> None:
+    """Take the factor out of what gives the channels, and give it to what reads them, unless `read` is False."""
     for cut in group.cuts:
-        _apply(modules[cut.module], cut, extra * factor[list(cut.root)])
-    return True
+        if read or not cut.is_input:
+            _apply_to(model.get_submodule(cut.module), cut, factor[list(cut.root)])
 
 
-def _apply(module: Any, cut: Cut, factor: Tensor) -> None:
-    """Take the factor out of what gives the channels, and give it to what reads them."""
+def _apply_to(module: Any, cut: Cut, factor: Tensor) -> None:
     places = list(cut.index)
     if cut.is_input:
         module.weight[:, places] *= factor.view(1, -1, *[1] * (module.weight.ndim - 2))

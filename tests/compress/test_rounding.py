@@ -107,8 +107,10 @@ def test_equalised_layers_compute_the_same_with_ranges_that_are_alike(model: nn.
 
 
 @pytest.mark.parametrize(("between", "done"), [(nn.ReLU(), ("0",)), (nn.ReLU6(), ()), (nn.Hardswish(), ())])
-def test_what_bends_beyond_the_sample_is_not_equalised(between: nn.Module, done: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("bias", [0.5, -0.5])  # below zero, the sample leaves every channel silent
+def test_what_bends_beyond_the_sample_is_not_equalised(between: nn.Module, bias: float, done: tuple[str, ...]) -> None:
     net = nn.Sequential(nn.Linear(4, 8), between, nn.Linear(8, 3)).requires_grad_(False)
+    nn.init.constant_(net.get_submodule("0").get_parameter("bias"), bias)
     before = copy.deepcopy(net.state_dict())
     x = 0.01 * torch.rand(2, 4)  # nothing in it comes near 6
     assert equalize(net, lambda m: m(x)) == done
