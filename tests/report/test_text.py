@@ -43,6 +43,19 @@ def test_a_point_that_beats_uniform_int8_and_not_fp32_is_named_with_both() -> No
     assert "0.99x even against fp32, -1.00 points lost" in said
 
 
+def test_the_verdict_says_so_when_fp32_itself_is_faster() -> None:
+    trials = [
+        made.trials()[0],
+        made.trial(1, made.score(0.94, 1.5), "uniform-int8"),
+        made.trial(2, made.score(0.96, 1.2)),
+    ]
+    said = text.verdict(Front.of(trials))
+    assert said.startswith(
+        "Trial 2 is the fastest candidate within 1 point of fp32's accuracy, and fp32 itself is faster"
+    )
+    assert "0.83x slower against fp32" in said
+
+
 def test_the_verdict_says_so_when_intervals_overlap() -> None:
     trials = [*made.trials()[:2], made.trial(2, made.score(0.945, 0.48, half=0.05))]
     assert text.verdict(Front.of(trials)).startswith("No point within 1 point of fp32's accuracy is faster")
