@@ -12,6 +12,8 @@ from autocompress.core.record import RARE
 
 SCHEMA = 1
 Role = Literal["candidate", "fp32", "uniform-fp16", "uniform-bf16", "uniform-int8"]
+Rung = Literal["oneshot", "short", "full"]
+RUNGS: tuple[Rung, ...] = ("oneshot", "short", "full")
 BASELINES: tuple[Role, ...] = ("fp32", "uniform-fp16", "uniform-bf16", "uniform-int8")
 _EIGHT_BITS = ("int8", "int4", "fp8")  # fp8 where the profile's dialect is that
 
@@ -28,6 +30,8 @@ class Score:
         latency_ms: ratio to fp32 × fp32's latency in this run, milliseconds per inference at batch 1.
         ratio, ratio_ci: latency over fp32's, from interleaved blocks.
         size_bytes: size of the file.
+        items: validation items that accuracy is of, None for all: it was no use to score the others, since the
+            interval of these already says that the point is dominated.
         peak_memory_bytes: high-water mark of a fresh process that loads and runs the file, less what the runtime
             itself took before.
         executed: precision that really ran, by layer, read back from the runtime.
@@ -47,6 +51,7 @@ class Score:
     executed: Mapping[str, str] | None = None
     diagnosis: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    items: int | None = field(default=None, metadata=RARE)
 
     def __post_init__(self) -> None:
         for name in ("accuracy_ci", "test_accuracy", "peak_memory_bytes", "energy_mj", "executed"):
@@ -73,6 +78,9 @@ class Trial:
         latency_from: sha256 of that file.
         seconds: where the time went, by stage.
         notes: stages of the recipe that were undone, and why; `candidate` is without them.
+        rung: of the fidelity ladder: as it was made, after a short recovery, or after a full one. Accuracies of
+            different rungs are never compared.
+        promoted_from: number of the trial of the rung below.
     """
 
     number: int
@@ -84,6 +92,8 @@ class Trial:
     latency_from: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=(), metadata=RARE)
+    rung: Rung = field(default="oneshot", metadata=RARE)
+    promoted_from: int | None = field(default=None, metadata=RARE)
 
     @property
     def score(self) -> Score | None:
