@@ -1,10 +1,13 @@
 """A candidate becomes a file: compress, recover, export, check."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
+import statistics
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +21,7 @@ from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate, LayerChoice
 from autocompress.core.errors import AutocompressError, InputError, StageError
 from autocompress.core.profile import Profile
+from autocompress.core.recipe import Train
 from autocompress.core.space import Structure
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 CALIBRATION_ITEMS = 128
 BATCH = 64  # of scoring in torch
 GATE_ITEMS = 1000  # validation items that a gate and an early stop look at
+TIMED_STEPS = 8
 _KEPT = 4  # float models kept in memory: candidates that differ in bits only share one
 
 
@@ -138,6 +143,22 @@ class Builder:
         """Uniform INT8 of the original by the runtime's own tool."""
         model = self._float(Candidate(), watch).model
         return self._write("uniform-int8", model, model.vendor_int8(watch))
+
+    def step_seconds(self, how: Train) -> float:
+        """Seconds of a training step of the whole original, taught by itself: the median of a few."""
+        from autocompress.compress.recover import train
+
+        ended: list[float] = []
+        train(
+            copy.deepcopy(self._task.model),
+            how,
+            self._setting.material,
+            teachers=(self._task.model, *self._setting.material.teachers),
+            steps=TIMED_STEPS,
+            seed=0,
+            after_step=lambda *_: ended.append(time.monotonic()),
+        )
+        return statistics.median(b - a for a, b in itertools.pairwise(ended))
 
     def _source(self, sample: "Mapping[str, torch.Tensor]") -> "Source":
         from autocompress.export.exporter import Source

@@ -7,19 +7,20 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from autocompress.core.errors import InputError, RunError, StageError
+from autocompress.core.errors import InputError, RunError, StageError, unknown
 from autocompress.core.front import Limits, parse_objectives
 from autocompress.core.profile import Profile
 from autocompress.core.recipe import Plan
 from autocompress.core.space import SpaceRules
 from autocompress.device.hosts import LOCAL, open_host, parse_hosts
-from autocompress.loop import Budget, CandidateEvaluator, Session, require_fp32, seeds
+from autocompress.loop import Budget, CandidateEvaluator, Session, require_fp32
 from autocompress.place import check_kind, check_runtime, placed
 from autocompress.progress import Progress, Silent, open_progress
-from autocompress.run import Fidelity, Run, RunConfig, library_versions, open_run, refuse_existing, utc_now
+from autocompress.run import Fidelity, Run, RunConfig, Sampler, library_versions, open_run, refuse_existing, utc_now
 from autocompress.signals import Interrupted, Signals
+from autocompress.warm import take_over
 from autocompress.workers import PARENT_VARIABLE, Workers
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Interrupted", "search", "worker"]
 
+RECOVERS = "fitted"  # the recipe of a search with recovery, where nothing else is said
 # What a resumed search must share with its run: trials made under other terms are not comparable.
 TERMS = ("task_name", "profile", "rules", "objectives", "limits", "fidelity", "recover_steps")
 
@@ -44,6 +46,9 @@ def search(
     limits: Limits | None = None,
     fidelity: Fidelity = "oneshot",
     recover_steps: int = 0,
+    sampler: Sampler = "surrogate",
+    warm_start: Run | Path | str | None = None,
+    around: Sequence[int] = (),
     storage: str | None = None,
     study: str | None = None,
     workers: int = 1,
@@ -65,10 +70,17 @@ def search(
         space: search-space rules, their name or file.
         recipe: how every candidate is made, its name or file; default is what the space lists.
         trials: trials in the record at which to end, baselines and failures counted; None where only time ends it.
-        timeout: seconds after which no trial is begun; the last measuring of the front comes on top.
+        timeout: seconds for all of it. No trial is begun that cannot end in time for the last measuring of the front;
+            what of that takes longer than its fifth of the time comes on top.
         objectives: accuracy, latency, and optionally size, memory, energy.
         limits: steer the search towards what meets them; the front holds the rest too.
-        fidelity, recover_steps: with `recover` each candidate is trained for so many steps.
+        fidelity: with `recover` candidates climb a ladder: as made, after a short recovery, after a full one; the front
+            holds fully recovered ones.
+        recover_steps: training steps of a full recovery; 0 lets `timeout` decide.
+        sampler: what proposes candidates: "surrogate", or for comparison "nsga2", "tpe" or "random".
+        warm_start: an earlier run of the same task, for another target say: its weights are not trained again, and
+            its candidates are tried first.
+        around: numbers of trials of that run; with them the search begins with these, and without uniform policies.
         storage: database URL for the record; default is SQLite in the run. It is kept in run.json as given.
         study: name in the storage; default is the run's directory name.
         workers: processes that share the search on this machine; more than one needs `task` as a reference.
@@ -85,9 +97,9 @@ def search(
         Interrupted: stopped by a signal.
     """
     from autocompress.config import load_profile, load_recipe, load_space
-    from autocompress.task import check_task, load_task
+    from autocompress.task import check_task, digest_of, load_task
 
-    _check_arguments(trials, timeout, workers, fidelity, recover_steps)
+    _check_arguments(trials, timeout, workers, fidelity, recover_steps, sampler)
     _check_out(out, resume)
     parse_objectives(objectives)
     profile = target if isinstance(target, Profile) else load_profile(str(target))
@@ -100,11 +112,14 @@ def search(
     if recipe is not None:
         plan = recipe if isinstance(recipe, Plan) else load_recipe(str(recipe))
         rules = dataclasses.replace(rules, recipes=(plan,))
+    elif fidelity == "recover" and not rules.recipes:
+        rules = dataclasses.replace(rules, recipes=(load_recipe(RECOVERS),))
     reference = task if isinstance(task, str) else None
     if workers > 1 and reference is None:
         raise InputError("workers > 1 needs the task as a reference, such as 'task.py': each process loads it anew")
     check_runtime(profile)
     checked = check_task(load_task(task) if isinstance(task, str) else task)
+    earlier = None if warm_start is None else warm_start if isinstance(warm_start, Run) else open_run(warm_start)
     if out is None:
         out = Path("runs") / f"{checked.task.name}-{profile.name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     config = RunConfig(
@@ -123,10 +138,19 @@ def search(
         study=study or Path(out).resolve().name,
         versions=library_versions(),
         created=utc_now(),
+        sampler=sampler,
+        warm_start=None if earlier is None else str(earlier.path),
+        around=tuple(around),
+        model=digest_of(checked.model),
     )
+    if around and earlier is None:
+        raise InputError("`around` names trials of an earlier run: give it as `warm_start`")
     run = _resumed(out, config) if resume else _created(out, config)
+    if earlier is not None and not resume:
+        take_over(run, earlier)
     shown = open_progress() if progress is True else progress or Silent()
     started = time.monotonic()
+    share_cores(workers)
     budget = Budget(trials=trials, deadline=math.inf if timeout is None else started + timeout)
     try:
         with run.lock(), Signals().installed() as signals:
@@ -169,8 +193,11 @@ def conduct(
         run.log("run_started", trials=budget.trials, workers=workers, known=len(study), versions=library_versions())
         try:
             session.baselines()
-            with Workers(run, workers - 1, budget, hosts) as others:
-                reason = session.explore(seeds(evaluator.space)[::workers], others.check)
+            session.keep_time()
+            session.decide_steps(workers)
+            session.feel_out(workers)
+            with Workers(run, workers - 1, session.budget, hosts) as others:
+                reason = session.explore(session.seeds()[::workers], others.check)
                 others.join()
             if run.final() is None:
                 _finalise(session, run, progress)
@@ -227,6 +254,7 @@ def worker(
     )
     try:
         task, where = check_task(load_task(run.config.task)), parse_hosts(on or run.config.profile.host)[0]
+        share_cores(of)
         with Signals().installed() as signals, _evaluator(task, run, where) as evaluator:
             contribute(evaluator, run, budget=budget, signals=signals, index=index, of=of)
     except Interrupted as stop:
@@ -243,10 +271,18 @@ def contribute(
         require_fp32(study)
         session = Session(evaluator, run, study, budget=budget, progress=Silent(), signals=signals)
         try:
-            session.ended(session.explore([] if index is None else seeds(evaluator.space)[index::of]))
+            session.ended(session.explore([] if index is None else session.seeds()[index::of]))
         except Interrupted as stop:
             session.ended(str(stop))
             raise
+
+
+def share_cores(workers: int) -> None:
+    """Let each of so many processes train on its share of the processor's cores."""
+    if workers > 1:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @contextlib.contextmanager
@@ -272,14 +308,16 @@ def _open_study(evaluator: CandidateEvaluator, run: Run, *, offset: int) -> "Stu
         config.study,
         config.objectives,
         space.variables,
-        digest=lambda values: space.decode(values, recover_steps=config.recover_steps).digest,
+        digest=lambda values: space.decode(values).digest,
         seed=config.seed + offset,
+        sampler=config.sampler,
+        claims=run.path / "claims",
         attributes={"run": str(run.path)},
     )
 
 
 def _check_arguments(
-    trials: int | None, timeout: float | None, workers: int, fidelity: str, recover_steps: int
+    trials: int | None, timeout: float | None, workers: int, fidelity: str, recover_steps: int, sampler: str
 ) -> None:
     if trials is None and timeout is None:
         raise InputError("a search needs an end: give `trials`, `timeout` or both")
@@ -291,11 +329,14 @@ def _check_arguments(
         raise InputError(f"`workers` must be at least 1, got {workers}")
     if fidelity not in ("oneshot", "recover"):
         raise InputError(f"`fidelity` must be 'oneshot' or 'recover', got {fidelity!r}")
-    if (fidelity == "recover") != (recover_steps > 0):
-        raise InputError(
-            f"fidelity {fidelity!r} does not go with {recover_steps} recover steps: "
-            "'recover' needs at least 1, 'oneshot' takes none"
-        )
+    if recover_steps < 0:
+        raise InputError(f"`recover_steps` must be at least 0, got {recover_steps}")
+    if fidelity == "oneshot" and recover_steps:
+        raise InputError(f"fidelity 'oneshot' trains nothing: it does not go with {recover_steps} recover steps")
+    if fidelity == "recover" and not recover_steps and timeout is None:
+        raise InputError("fidelity 'recover' needs `recover_steps`, or a `timeout` that they are divided from")
+    if sampler not in get_args(Sampler):
+        raise InputError(unknown("sampler", sampler, get_args(Sampler)))
 
 
 def _check_out(out: Path | str | None, resume: bool) -> None:
@@ -323,6 +364,8 @@ def _resumed(out: Path | str, config: RunConfig) -> Run:
         raise RunError(f"{out} has its record elsewhere than in the storage given: leave `storage` out when resuming")
     for name in TERMS:
         before, now = getattr(run.config, name), getattr(config, name)
+        if name == "recover_steps" and not now:  # the run has decided
+            continue
         if name == "profile":  # the same kind of device may stand elsewhere by now
             now = placed(now, before.host)
         if before != now:

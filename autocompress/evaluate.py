@@ -16,6 +16,7 @@ from autocompress.core.errors import StageError
 from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.probe import paying
 from autocompress.core.profile import Profile
+from autocompress.core.recipe import Train
 from autocompress.core.space import Space, SpaceRules, Structure, with_stages_that_pay
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.device.hosts import Host
@@ -83,6 +84,21 @@ class Evaluator:
         )
         for trial in run.trials():
             self._remember(trial)
+
+    @property
+    def lessons(self) -> tuple[int, int]:
+        """Train items, and how many a training step takes."""
+        return len(self._task.split("train")), self._training.batch_size
+
+    def step_seconds(self) -> float:
+        """Seconds of a training step of the whole original."""
+        return self._builder.step_seconds(self._training)
+
+    @property
+    def _training(self) -> Train:
+        """How the first recipe that trains does it."""
+        stages = (stage.train for plan in self.space.recipes for stage in plan.stages)
+        return next((found for found in stages if found is not None), Train())
 
     def evaluate(self, candidate: Candidate, role: Role) -> Trial:
         """One finished trial, without its number. A candidate's fault is a Failure in it, never an exception.

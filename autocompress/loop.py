@@ -12,20 +12,26 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from autocompress.begin import beginning, known_elsewhere, read_sensitivity, write_sensitivity
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import RunError, TargetError
-from autocompress.core.front import Front, nondominated, parse_objectives
-from autocompress.core.space import Choice, Space, Values
-from autocompress.core.trial import Failure, Role, Score, Trial
+from autocompress.core.front import Front, Rival, judged, nondominated, parse_objectives
+from autocompress.core.space import Space, Values
+from autocompress.core.trial import Failure, Role, Rung, Score, Trial
+from autocompress.ladder import Attempt, Ladder, Steps
 from autocompress.progress import Progress, Status
 from autocompress.run import Run
 from autocompress.signals import Signals
 
 if TYPE_CHECKING:
+    from autocompress.core.sensitivity import Sensitivity
     from autocompress.optimize.study import Study
 
-WIDTH_RATIOS = (1.0, 0.75, 0.5, 0.25)
 FINAL_POINTS = 16
+KEPT = 0.2  # of the time at most is for measuring the front again
+TRIALS_A_LAYER = 2.5  # with fewer, feeling out single choices costs more than it tells
+FEELING = 0.1  # of the time at most is for that
+A_PROCESS_S = 0.5  # to start one, and to read a file's memory in another
 UNIFORM_FLOATS: Mapping[str, Role] = {"fp16": "uniform-fp16", "bf16": "uniform-bf16"}
 # In these stages a model or a file runs: on data (training, calibrating, scoring, checking, reading back) or timed.
 # The rest is overhead.
@@ -42,8 +48,21 @@ class CandidateEvaluator(Protocol):
     def space(self) -> Space:
         """The variables."""
 
-    def evaluate(self, candidate: Candidate, role: Role) -> Trial:
-        """One finished trial; a candidate's fault is a Failure in it, never an exception."""
+    def evaluate(self, candidate: Candidate, role: Role, *, rivals: Sequence[Rival] = ()) -> Trial:
+        """One finished trial; a candidate's fault is a Failure in it, never an exception.
+
+        `rivals` are what it has to be compared with, and no more precisely than that needs.
+        """
+
+    @property
+    def lessons(self) -> tuple[int, int]:
+        """Train items, and how many a training step takes."""
+
+    def step_seconds(self) -> float:
+        """Seconds of a training step of the whole original."""
+
+    def sensitivity(self, seconds: float, int8_ratio: float | None) -> "Sensitivity":
+        """What each choice alone does to the outputs, as far as it is found out within so many seconds."""
 
     def finalise(self, trials: Sequence[Trial]) -> list[Trial]:
         """The same trials, measured again in fresh processes."""
@@ -98,7 +117,15 @@ class Session:
         self._started = now if started is None else started
         self._own = 0
         self._seconds: defaultdict[str, float] = defaultdict(float, prepare=now - self._started)
-        self._front = frozenset(t.number for t in points(study.trials(), run.config.objectives))
+        self._front = frozenset(t.number for t in points(judged(study.trials()), run.config.objectives))
+        self._sensitivity: Sensitivity | None = None
+        if (known := read_sensitivity(run)) is not None:
+            self._take_up(known)
+
+    @property
+    def budget(self) -> Budget:
+        """What the budget is, less the time that is kept for the last measuring."""
+        return self._budget
 
     def baselines(self) -> None:
         """See that the record has fp32, fp16 and bf16 where the device has them, and the runtime's uniform INT8.
@@ -136,19 +163,107 @@ class Session:
         """Try the seeds, then what the study proposes. `alive` is called before each trial. Returns why it ended."""
         for values in seeds:
             self._study.enqueue(values)
-        steps = self._run.config.recover_steps
+        ladder = self._ladder()
         while (reason := self._budget.spent(len(self._study))) is None:
             alive()
             with self._timed("study"):
-                asked = self._study.ask()
-            if asked is None:
-                return "space exhausted"
-            self._evaluate(asked, self._evaluator.space.decode(asked, recover_steps=steps), "candidate")
+                attempt = self._attempt() if ladder is None else ladder.next()
+            if attempt is None:
+                return "space exhausted" if ladder is None else "nothing left that is worth it and fits"
+            try:
+                self._evaluate(attempt.values, attempt.candidate, "candidate", attempt)
+            finally:
+                if ladder is not None:
+                    ladder.ended(attempt)
         return reason
+
+    def keep_time(self) -> None:
+        """Keep as much of the time as measuring the front again takes, by what the baselines took."""
+        deadline = self._budget.deadline
+        took = [t.seconds for t in self._study.trials() if t.role != "candidate" and t.score is not None]
+        if deadline == math.inf or not took:
+            return
+        plan = self._run.config.profile.measure
+        a_file = max(plan.processes * s.get("measure", 0.0) + 2 * s.get("score", 0.0) for s in took) + A_PROCESS_S
+        kept = min(FINAL_POINTS * a_file, KEPT * max(0.0, deadline - self._started))
+        self._budget = dataclasses.replace(self._budget, deadline=deadline - kept)
+
+    def decide_steps(self, processes: int) -> None:
+        """See that a search with recovery has its steps, by the time it has and what a step takes."""
+        config = self._run.config
+        if config.fidelity == "oneshot" or config.recover_steps:
+            return
+        with self._timed("recover"):
+            seconds = self._evaluator.step_seconds()
+        left = self._budget.deadline - time.monotonic()
+        steps = Steps.within(left * processes, seconds, *self._evaluator.lessons)
+        self._run = self._run.decided(recover_steps=steps.full)
+        self._run.log("steps", short=steps.short, full=steps.full, step_seconds=seconds)
+        self._progress.note(f"a full recovery takes {steps.full} training steps, a short one {steps.short}")
+
+    def feel_out(self, processes: int) -> None:
+        """Find out what each choice alone does, once in a run, where there are trials enough to make use of it."""
+        if self._run.config.sampler != "surrogate" or self._sensitivity is not None:
+            return
+        if (known := known_elsewhere(self._run, self._evaluator.space)) is not None:
+            write_sensitivity(self._run, known)
+            self._take_up(known)
+            return
+        space, layers = self._evaluator.space, len(self._evaluator.space.structure.layers)
+        took = [sum(t.seconds.values()) for t in self._study.known if t.score is not None]
+        a_trial, left = max(took, default=1.0), self._budget.deadline - time.monotonic()
+        trials = min(self._budget.trials or math.inf, left * processes / a_trial)
+        if not space.variables or trials < TRIALS_A_LAYER * layers:
+            why = f"{trials:.0f} trials for {layers} layers are too few to make use of it"
+            self._run.log("sensitivity", probes=0, seconds=0.0, skipped=why)
+            return
+        self._progress.stage("feeling out what each choice alone does")
+        uniform = next((t.score for t in self._study.known if t.role == "uniform-int8" and t.score), None)
+        with self._timed("sensitivity"):
+            limit = FEELING * min(left, trials * a_trial / processes)
+            found = self._evaluator.sensitivity(limit, uniform.ratio if uniform else None)
+        self._run.log("sensitivity", probes=found.probes, seconds=found.seconds, left_out=found.left_out)
+        self._progress.note(f"{found.probes} choices felt out one by one in {found.seconds:.1f} s")
+        write_sensitivity(self._run, found)
+        self._take_up(found)
+
+    def seeds(self) -> list[Values]:
+        """What is tried first."""
+        return beginning(self._run, self._evaluator.space, self._sensitivity)
+
+    def _take_up(self, found: "Sensitivity") -> None:
+        self._sensitivity = found
+        self._study.guide({v: {c: (e.loss, e.cost) for c, e in of.items()} for v, of in found.effects.items()})
+
+    def _attempt(self) -> Attempt | None:
+        values = self._study.ask()
+        return None if values is None else Attempt(values=values, candidate=self._evaluator.space.decode(values))
+
+    def _ladder(self) -> Ladder | None:
+        config, budget, began = self._run.config, self._budget, time.monotonic()
+        if config.fidelity == "oneshot":
+            return None
+
+        def progress() -> float:
+            shares = [len(self._study.known) / budget.trials] if budget.trials else []
+            if budget.deadline < math.inf:
+                shares.append((time.monotonic() - began) / max(1e-9, budget.deadline - began))
+            return min(1.0, max(shares, default=0.0))
+
+        return Ladder(
+            self._study,
+            self._evaluator.space,
+            Steps.of(config.recover_steps),
+            config.limits,
+            progress=progress,
+            left_s=lambda: budget.deadline - time.monotonic(),
+            by_time=budget.deadline < math.inf,
+            log=self._run.log,
+        )
 
     def finalise(self) -> None:
         """Measure front and baselines again and keep that as the run's front."""
-        chosen = finalists(self._study.trials(), self._run.config.objectives)
+        chosen = finalists(judged(self._study.trials()), self._run.config.objectives)
         self._progress.stage(f"measuring {len(chosen)} models of the front again, in fresh processes")
         with self._timed("finalise"):
             final = self._evaluator.finalise(chosen)
@@ -177,8 +292,11 @@ class Session:
         finally:
             self._seconds[stage] += time.monotonic() - begin
 
-    def _evaluate(self, values: Values, candidate: Candidate, role: Role) -> Trial:
-        finished = self._evaluator.evaluate(candidate, role)
+    def _evaluate(self, values: Values, candidate: Candidate, role: Role, attempt: Attempt | None = None) -> Trial:
+        rung = "oneshot" if attempt is None else attempt.rung
+        finished = self._evaluator.evaluate(candidate, role, rivals=self._rivals(rung) if role == "candidate" else ())
+        if attempt is not None:
+            finished = dataclasses.replace(finished, rung=rung, promoted_from=attempt.promoted_from)
         with self._signals.deferred():
             violations = {}
             if finished.score is not None:
@@ -191,6 +309,12 @@ class Session:
             self._report(trial)
         return trial
 
+    def _rivals(self, rung: Rung) -> list[Rival]:
+        """The non-dominated trials of a rung, and the baselines."""
+        same = [t for t in self._study.known if t.role != "candidate" or t.rung == rung]
+        scores = [t.score for t in points(same, self._run.config.objectives)]
+        return [Rival(ratio=s.ratio, ratio_ci=s.ratio_ci, accuracy=s.accuracy) for s in scores if s is not None]
+
     def _fp32(self, finished: Trial) -> Score | None:
         if finished.role == "fp32":
             return finished.score
@@ -198,6 +322,8 @@ class Session:
 
     def _report(self, trial: Trial) -> None:
         fields: dict[str, Any] = {"number": trial.number, "role": trial.role, "seconds": dict(trial.seconds)}
+        if trial.rung != "oneshot":
+            fields |= {"rung": trial.rung, "promoted_from": trial.promoted_from}
         if trial.notes:
             fields["notes"] = list(trial.notes)
         if isinstance(trial.outcome, Failure):
@@ -215,7 +341,7 @@ class Session:
                 cached=trial.latency_from is not None,
             )
         trials = self._study.known
-        front = points(trials, self._run.config.objectives)
+        front = points(judged(trials), self._run.config.objectives)
         numbers = frozenset(t.number for t in front)
         if numbers != self._front:
             entered, left = sorted(numbers - self._front), sorted(self._front - numbers)
@@ -237,16 +363,6 @@ class Session:
             front=tuple(front),
             baselines={t.role: t.score for t in trials if t.role != "candidate" and t.score is not None},
         )
-
-
-def seeds(space: Space) -> list[dict[str, Choice]]:
-    """Uniform policies: our own all-INT8 first, then each precision at each width ratio, then the students."""
-    precisions = list(dict.fromkeys(p for choices in space.precisions.values() for p in choices))
-    found = [space.uniform("w8a8")]
-    found += [space.uniform(p, ratio) for ratio in WIDTH_RATIOS for p in precisions]
-    found += [space.uniform(p) | {"student": width} for width in space.students for p in precisions]
-    unique = {tuple(sorted(values.items())): values for values in found}
-    return list(unique.values())
 
 
 def points(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:

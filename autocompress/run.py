@@ -5,6 +5,7 @@
     run/run.json        what was searched for (RunConfig)
     run/study.db        the record: every finished trial (elsewhere where --storage names a database)
     run/log.jsonl       what happened, one JSON object a line
+    run/claims/         what processes of this search are working on
     run/artifacts/      model files by candidate digest
     run/data/           inputs of the splits as .npy, for the device
     run/final.json      the front, measured again in fresh processes
@@ -17,16 +18,16 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from autocompress.core.errors import InputError, RunError
-from autocompress.core.front import Front, Limits
+from autocompress.core.front import Front, Limits, judged
 from autocompress.core.profile import Profile
-from autocompress.core.record import dump, load, to_json
+from autocompress.core.record import RARE, dump, load, to_json
 from autocompress.core.space import SpaceRules
 from autocompress.core.trial import Trial
 
@@ -36,6 +37,7 @@ LIBRARIES = (
     "litert-torch", "litert-quantizer", "tensorrt", "optuna",
 )  # fmt: skip
 Fidelity = Literal["oneshot", "recover"]
+Sampler = Literal["surrogate", "nsga2", "tpe", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +46,15 @@ class RunConfig:
 
     Attributes:
         task: the reference the task was loaded from; None for a Task handed over in Python.
-        recover_steps: training steps for each candidate; 0 where fidelity is oneshot.
+        recover_steps: training steps of a full recovery; 0 where fidelity is oneshot, or where it is not decided yet.
         trials: budget, all trials of the record counted; None is no limit.
         storage: database URL as given; None is study.db in the run, wherever the run is moved.
         versions: of autocompress, Python and the libraries.
         created: UTC, ISO 8601.
+        sampler: what proposes candidates.
+        warm_start: directory of the run whose weights and candidates this one begins with.
+        around: numbers of that run's trials; where there are any, the search begins with these only.
+        model: digest of the original's weights; empty where it was not taken.
     """
 
     task: str | None
@@ -66,6 +72,10 @@ class RunConfig:
     study: str
     versions: Mapping[str, str]
     created: str
+    sampler: Sampler = field(default="surrogate", metadata=RARE)
+    warm_start: str | None = field(default=None, metadata=RARE)
+    around: tuple[int, ...] = field(default=(), metadata=RARE)
+    model: str = field(default="", metadata=RARE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +102,12 @@ class Run:
         except OSError as error:
             raise RunError(f"cannot make a run at {path}: {error.strerror}") from error
         return cls(path=folder, config=config)
+
+    def decided(self, **changes: Any) -> "Run":
+        """The same run with terms that were open until it began, written into its run.json."""
+        config = replace(self.config, **changes)
+        write_json(self.path / "run.json", dump(config, SCHEMA))
+        return replace(self, config=config)
 
     @property
     def artifacts(self) -> Path:
@@ -121,7 +137,7 @@ class Run:
 
     def front(self) -> Front:
         """The front: as measured again at the end, or, while trials are newer than that, of all trials."""
-        return Front.of(self.final() or self.trials(), self.config.objectives)
+        return Front.of(self.final() or judged(self.trials()), self.config.objectives)
 
     def final(self) -> list[Trial] | None:
         """What `write_final` wrote; None where it was not, or trials were added since."""

@@ -1,5 +1,6 @@
 """What a user brings, a trained model, data and a metric: loaded by reference, and checked once for all stages."""
 
+import hashlib
 import inspect
 import math
 import re
@@ -175,6 +176,15 @@ class CheckedTask:
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The loss over tensors, outputs as the model returned them."""
         return (self.task.loss or cross_entropy)(outputs, targets)
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers, names and shapes included, hexadecimal."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def hits(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:

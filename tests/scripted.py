@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from autocompress.core.sensitivity import Effect, Sensitivity
+
 from autocompress.core.candidate import Candidate
-from autocompress.core.front import Limits
+from autocompress.core.front import Limits, Rival
 from autocompress.core.measurement import Measurement, MeasurePlan
 from autocompress.core.profile import Profile
 from autocompress.core.space import Group, Layer, LayerRule, Space, SpaceRules, Structure, WidthRule
@@ -79,14 +81,22 @@ def config(**changes: object) -> RunConfig:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
+FULL = 320  # steps of a full recovery
+
+
 def score(candidate: Candidate, layers: int = 6) -> Score:
-    """Accuracy falls with bits and width, the earlier the layer the more; latency and size with width and bits."""
+    """Accuracy falls with bits and width, the earlier the layer the more; latency and size with width and bits.
+
+    Recovery leaves, after FULL steps, 0.3 of what narrow layers cost.
+    """
+    left = 1 - 0.7 * min(1.0, candidate.recipe.recover_steps / FULL)
     loss = latency = size = 0.0
     for i in range(layers):
         choice = candidate.layers.get(f"conv{i}")
         ratio = candidate.widths.get(f"conv{i}", 32) / 32
         bits = choice.weight_bits if choice else 32
-        loss += (1 - ratio) ** 2 * (layers - i) * 0.02 + (0 if bits == 32 else 0.16 / bits**2) * (1 + (i == 0) * 20)
+        loss += left * (1 - ratio) ** 2 * (layers - i) * 0.02
+        loss += (0 if bits == 32 else 0.16 / bits**2) * (1 + (i == 0) * 20)
         latency += ratio * (1.0 if choice is None else 0.4)
         size += 1000 * ratio * bits
     latency /= layers
@@ -126,7 +136,32 @@ class Scripted:
     evaluated: list[Candidate] = field(default_factory=list)
     finalised: list[list[int]] = field(default_factory=list)
 
-    def evaluate(self, candidate: Candidate, role: Role) -> Trial:
+    @property
+    def lessons(self) -> tuple[int, int]:
+        """Items, and how many a step takes."""
+        return 1000, 10
+
+    def step_seconds(self) -> float:
+        """As `sleep` is for a trial."""
+        return self.sleep / 100 or 1e-4
+
+    def sensitivity(self, seconds: float, int8_ratio: float | None) -> Sensitivity:
+        """By the formula: what each choice alone costs."""
+        layers = len(self.space.structure.layers)
+        plain = score(Candidate(), layers)
+        effects = {}
+        for name, choices in self.space.variables.items():
+            alone = {choice: score(self.space.decode({name: choice}), layers) for choice in choices}
+            effects[name] = {
+                str(choice): Effect(loss=plain.accuracy - s.accuracy, cost=s.ratio - plain.ratio)
+                for choice, s in alone.items()
+            }
+        probes = sum(len(choices) for choices in self.space.variables.values())
+        return Sensitivity(
+            task="scripted", target="scripted", effects=effects, probes=probes, seconds=0.0, items=1, left_out={}
+        )
+
+    def evaluate(self, candidate: Candidate, role: Role, *, rivals: Sequence[Rival] = ()) -> Trial:
         """Scored by the formula; what was evaluated is also written to a file that all processes share."""
         time.sleep(self.sleep)
         self.evaluated.append(candidate)
@@ -150,9 +185,17 @@ class Scripted:
         return [replace(t, outcome=replace(t.score, accuracy=t.score.accuracy + 0.005)) for t in trials if t.score]
 
 
-def drive(run: Run, evaluator: Scripted, *, trials: int | None = 30, progress: Progress | None = None) -> None:
+def drive(
+    run: Run,
+    evaluator: Scripted,
+    *,
+    trials: int | None = 30,
+    timeout: float = math.inf,
+    progress: Progress | None = None,
+) -> None:
     """A whole search in this process."""
-    conduct(evaluator, run, budget=Budget(trials=trials), progress=progress or Silent(), signals=Signals())
+    budget = Budget(trials=trials, deadline=time.monotonic() + timeout)
+    conduct(evaluator, run, budget=budget, progress=progress or Silent(), signals=Signals())
 
 
 def main() -> int:

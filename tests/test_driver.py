@@ -16,12 +16,13 @@ from typing import Any
 import optuna
 import pytest
 
+from autocompress.begin import seeds
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import InputError, RunError, StageError, TargetError
 from autocompress.core.front import Limits
 from autocompress.core.trial import Failure, Role, Trial
 from autocompress.driver import _resumed, conduct, contribute, search, worker
-from autocompress.loop import Budget, seeds
+from autocompress.loop import Budget
 from autocompress.optimize.nsga2 import generation_key
 from autocompress.progress import Lines, Silent, Status
 from autocompress.run import Run, open_run

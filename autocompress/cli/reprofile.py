@@ -1,4 +1,4 @@
-"""`autocompress reprofile`: measure a front or a package again, here or with another profile."""
+"""`autocompress reprofile`: measure a front or a package again, here or with another profile, and search on."""
 
 import argparse
 
@@ -13,7 +13,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("path", metavar="RUN|PACKAGE", help="directory of a run or of a package")
     parser.add_argument("--target", metavar="NAME|FILE", help="another profile (default: the recorded one)")
     arguments.add_host(parser)
-    parser.add_argument("--research", type=int, default=0, metavar="N", help="further trials (not in this version)")
+    parser.add_argument("--research", type=int, default=0, metavar="N", help="N further trials where ranks flipped")
+    parser.add_argument("--out", metavar="RUN", help="directory of that search (default: beside the run)")
     arguments.add_json(parser)
 
 
@@ -22,12 +23,25 @@ def run(args: argparse.Namespace) -> int:
     from autocompress.core.record import dump
     from autocompress.report.changes import print_changes
     from autocompress.reprofile import SCHEMA, reprofile
+    from autocompress.research import open_researchable, research
 
-    if args.research:
-        raise InputError(f"--research {args.research} is not in this version: reprofile measures what was found before")
+    if args.research < 0:
+        raise InputError(f"--research must be at least 0 trials, got {args.research}")
+    source = open_researchable(args.path) if args.research else None
     result = reprofile(args.path, args.target, args.on, progress=arguments.note)
+    found = None
+    if source is not None:
+        found = research(source, result, args.research, target=args.target, on=args.on, out=args.out, progress=True)
+        arguments.note("no rank flipped: there is nothing to search for" if found is None else f"run: {found.path}")
     if args.json:
-        arguments.print_json(dump(result, SCHEMA))
-    else:
-        print_changes(result)
+        document = dump(result, SCHEMA)
+        if source is not None:
+            document["research"] = None if found is None else str(found.path)
+        arguments.print_json(document)
+        return 0
+    print_changes(result)
+    if found is not None:
+        from autocompress.cli.front import show
+
+        show(found, as_json=False)
     return 0

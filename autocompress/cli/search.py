@@ -22,12 +22,21 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="accuracy,latency and optionally size, memory, energy",
     )
     parser.add_argument("--trials", type=int, metavar="N", help="trials to end at (default: 100; none with --timeout)")
-    parser.add_argument("--timeout", type=arguments.duration, metavar="30m", help="time after which no trial is begun")
+    parser.add_argument("--timeout", type=arguments.duration, metavar="30m", help="time for all of it")
     arguments.add_limits(parser, ("--max-latency-ms", "--max-accuracy-drop", "--max-size-mb", "--max-memory-mb"))
     parser.add_argument(
-        "--fidelity", choices=("oneshot", "recover"), default="oneshot", help="recover: train candidates"
+        "--fidelity", choices=("oneshot", "recover"), default="oneshot", help="recover: a ladder up to full training"
     )
-    parser.add_argument("--recover-steps", type=int, default=0, metavar="N", help="training steps for each candidate")
+    parser.add_argument(
+        "--recover-steps", type=int, default=0, metavar="N", help="steps of a full recovery (default: by --timeout)"
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=("surrogate", "nsga2", "tpe", "random"),
+        default="surrogate",
+        help="what proposes candidates",
+    )
+    parser.add_argument("--warm-start", metavar="RUN", help="begin with the weights and candidates of an earlier run")
     parser.add_argument("--storage", metavar="URL", help="database of the record (default: SQLite in the run)")
     parser.add_argument("--study", metavar="NAME", help="name in the storage (default: the run's)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the search")
@@ -55,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         limits=arguments.limits_of(args),
         fidelity=args.fidelity,
         recover_steps=args.recover_steps,
+        sampler=args.sampler,
+        warm_start=args.warm_start,
         storage=args.storage,
         study=args.study,
         workers=args.workers,

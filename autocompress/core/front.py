@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.errors import InputError, NoPointError, unknown
+from autocompress.core.measurement import Interval
 from autocompress.core.record import to_json
-from autocompress.core.trial import Score, Trial
+from autocompress.core.trial import RUNGS, Score, Trial
 
 MB = 1_000_000
 
@@ -160,6 +161,22 @@ class Front:
         sign = np.array([-1.0 if o.maximize else 1.0 for o in self.objectives])
         losses = np.array([_losses(t.score, self.objectives) for t in self.points if t.score is not None])
         return hypervolume(losses.reshape(-1, len(sign)), np.asarray(reference, float) * sign)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """A scored trial that a candidate of the same rung is compared with."""
+
+    ratio: float
+    ratio_ci: Interval
+    accuracy: float
+
+
+def judged(trials: Sequence[Trial]) -> list[Trial]:
+    """The baselines, and the trials of the highest rung that has a scored candidate: others are not compared."""
+    reached = {t.rung for t in trials if t.role == "candidate" and t.score is not None}
+    top = next((rung for rung in reversed(RUNGS) if rung in reached), "oneshot")
+    return [t for t in trials if t.role != "candidate" or t.rung == top]
 
 
 def point_json(trial: Trial, front: Front) -> dict[str, Any]:

@@ -32,6 +32,15 @@ def measuring_lock(waiting: Callable[[], None] | None = None, path: Path = LOCK)
         os.close(descriptor)
 
 
+def wait_until_quiet(path: Path = LOCK) -> None:
+    """Return when nobody measures on this device: what would take the processor from a measurement waits for it."""
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
 def _open(path: Path) -> int:
     """A lock needs no more than reading, which another user's file in a sticky directory allows."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
