@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 from autocompress.core.errors import RunError
 from autocompress.core.front import parse_objectives
 from autocompress.core.record import dump, load, to_json
-from autocompress.core.space import Values
+from autocompress.core.space import Choice, Values
 from autocompress.core.trial import SCHEMA, Failure, Trial
 
 # MySQL keeps an attribute in a TEXT of 65,535 bytes; raw samples are longer.
@@ -142,6 +142,13 @@ def read_trials(url: str, name: str) -> list[Trial]:
     with existing(url, name) as study:
         frozen = study.get_trials(deepcopy=False) if study else []
     return [decode(t) for t in frozen if t.state.is_finished()]
+
+
+def read_values(url: str, name: str) -> list[tuple[Trial, dict[str, Choice]]]:
+    """All finished trials of a study in number order, each with the values it was made from."""
+    with existing(url, name) as study:
+        frozen = study.get_trials(deepcopy=False) if study else []
+    return [(decode(t), dict(t.params)) for t in frozen if t.state.is_finished()]
 
 
 def count_trials(url: str, name: str) -> int:

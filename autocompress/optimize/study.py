@@ -12,10 +12,12 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -24,6 +26,7 @@ from autocompress.core.front import parse_objectives
 from autocompress.core.record import to_json
 from autocompress.core.space import Choice, Values
 from autocompress.core.trial import Trial
+from autocompress.optimize.claims import Claims
 from autocompress.optimize.nsga2 import POPULATION, Nsga2, generation_key
 from autocompress.optimize.record import close_storage, decode, encode, open_storage, storage_errors
 
@@ -31,8 +34,11 @@ SAMPLE_ATTEMPTS = 16
 SYNC_S = 0.5  # what other workers finished since so long ago is known before asking
 NEIGHBOUR_ATTEMPTS = 96
 ENUMERATE_UP_TO = 4096
-SAMPLERS: Mapping[str, Callable[[int, int], Nsga2]] = {
+SAMPLERS: Mapping[str, Callable[[int, int], BaseSampler]] = {
+    "surrogate": lambda seed, population: Nsga2(seed=seed, population_size=population),
     "nsga2": lambda seed, population: Nsga2(seed=seed, population_size=population),
+    "tpe": lambda seed, _: TPESampler(seed=seed, multivariate=True),
+    "random": lambda seed, _: RandomSampler(seed=seed),
 }
 
 
@@ -46,6 +52,8 @@ class Study:
         variables: choices by variable name.
         digest: identity of what values mean; two with the same digest are duplicates.
         seed: of the sampler. A resumed study goes on with other random numbers.
+        sampler: a name of SAMPLERS. It learns from one-shot trials and baselines only.
+        claims: folder in which the processes of one search tell each other what they are at; None for one process.
         attributes: written into the study for whoever opens it, such as the path of the run.
 
     Raises:
@@ -61,8 +69,9 @@ class Study:
         *,
         digest: Callable[[Values], str],
         seed: int,
-        sampler: str = "nsga2",
+        sampler: str = "surrogate",
         population: int = POPULATION,
+        claims: Path | None = None,
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
         if sampler not in SAMPLERS:
@@ -91,6 +100,8 @@ class Study:
         self._queue: deque[dict[str, Choice]] = deque()
         self._synced = -math.inf
         self._asked: dict[str, int] = {}
+        self._values: dict[int, dict[str, Choice]] = {}
+        self._claims = None if claims is None else Claims(claims)
         self._seen: set[str] = set()
         self._sync()
 
@@ -117,26 +128,53 @@ class Study:
                 raise InputError(f"`{name}` must be one of {list(self.variables[name])}, got {value!r}")
         self._queue.append(full)
 
+    def guide(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+        """Tell the sampler what each choice alone is thought to do to accuracy and latency."""
+
+    def values(self, number: int) -> dict[str, Choice]:
+        """The values that a finished trial was made from."""
+        return dict(self._values[number])
+
+    def claim(self, key: str, values: Values) -> bool:
+        """Whether `key` is this process's to do now; False where another one is at it."""
+        return self._claims is None or self._claims.claim(key, values)
+
+    def release(self, key: str) -> None:
+        """Let go of a claim."""
+        if self._claims is not None:
+            self._claims.release(key)
+
+    def claimed(self) -> set[str]:
+        """Keys that other processes are at."""
+        return set() if self._claims is None else set(self._claims.of_others())
+
     def ask(self) -> dict[str, Choice] | None:
         """Values that mean a candidate never tried or asked for; None when there is none left.
 
-        First what was enqueued, then the sampler's proposals, then random neighbours of the front.
+        First what was enqueued, then the sampler's proposals, then random neighbours of the front. Where nothing is
+        found, it looks once more at what other processes let go of.
         """
+        if (values := self._ask()) is not None:
+            return values
+        self._sync()
+        return self._ask()
+
+    def _ask(self) -> dict[str, Choice] | None:
         if time.monotonic() - self._synced > SYNC_S:
             self._sync()
         while self._queue:
             values = self._queue.popleft()
-            if self._digest(values) not in self._seen:
+            if self._fresh(values):
                 self._mirror.enqueue_trial(values)
-                return self._claim(self._sample())
+                return self._take(self._sample())
         if not self.variables:
-            return self._claim({}) if self._digest({}) not in self._seen else None
+            return self._take({}) if self._fresh({}) else None
         for _ in range(SAMPLE_ATTEMPTS):
             values = self._sample()
-            if self._digest(values) not in self._seen:
-                return self._claim(values)
+            if self._fresh(values):
+                return self._take(values)
         fresh = self._neighbour() or self._any()
-        return None if fresh is None else self._claim(fresh)
+        return None if fresh is None else self._take(fresh)
 
     def tell(self, trial: Trial, values: Values, violations: Mapping[str, float]) -> Trial:
         """Write a finished trial; it is on disk, whole, when this returns. Gives it back with its number.
@@ -160,10 +198,13 @@ class Study:
         with storage_errors(self._url):
             self._record.add_trial(frozen)
         self._sync()
+        self.release(digest)
         return self._trials[self._numbers[token]]
 
     def close(self) -> None:
         """Give the database connections back."""
+        if self._claims is not None:
+            self._claims.close()
         close_storage(self._storage)
 
     def __enter__(self) -> "Study":
@@ -199,6 +240,9 @@ class Study:
         trial = decode(frozen)
         self._trials[trial.number] = trial
         self._numbers[frozen.user_attrs.get("token", "")] = trial.number
+        self._values[trial.number] = dict(frozen.params)
+        if trial.rung != "oneshot":
+            return
         if trial.role != "uniform-int8":
             self._seen.add(trial.candidate.digest)
         if trial.role == "candidate":
@@ -219,10 +263,15 @@ class Study:
         self._mirror.tell(asked, state=TrialState.FAIL)
         return dict(asked.params)
 
-    def _claim(self, values: dict[str, Choice]) -> dict[str, Choice]:
+    def _fresh(self, values: Values) -> bool:
+        """Whether nobody has tried or is trying that; what is fresh is this process's from now on."""
+        digest = self._digest(values)
+        return digest not in self._seen and self.claim(digest, values)
+
+    def _take(self, values: dict[str, Choice]) -> dict[str, Choice]:
         digest = self._digest(values)
         self._seen.add(digest)
-        self._asked[digest] = self._sampler.generation
+        self._asked[digest] = getattr(self._sampler, "generation", 0)
         return values
 
     def _neighbour(self) -> dict[str, Choice] | None:
@@ -235,7 +284,7 @@ class Study:
             count = min(1 + attempt // 8, len(self.variables))
             for name in self._random.sample(sorted(self.variables), count):
                 values[name] = self._random.choice(self.variables[name])
-            if self._digest(values) not in self._seen:
+            if self._fresh(values):
                 return values
         return None
 
@@ -247,6 +296,6 @@ class Study:
         self._random.shuffle(points)
         for point in points:
             values = dict(zip(self.variables, point, strict=True))
-            if self._digest(values) not in self._seen:
+            if self._fresh(values):
                 return values
         return None
