@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from autocompress.compress.apply import Compressed
+    from autocompress.compress.apply import Compressed, Setting
     from autocompress.compress.material import Material
     from autocompress.export.exporter import FloatModel, Lowered, MakesExporter, Source
     from autocompress.task import CheckedTask
@@ -122,6 +122,11 @@ class Builder:
         )
         self._floats: OrderedDict[str, _Float] = OrderedDict()
         self.float_difference = self._exporter.difference
+
+    @property
+    def setting(self) -> "Setting":
+        """What all candidates share: the original, where it can be cut, and its data."""
+        return self._setting
 
     def build(self, candidate: Candidate, watch: Stopwatch, *, fallback: bool = False) -> Built:
         """The artifact of a candidate, a file in the run's artifacts folder.

@@ -121,6 +121,17 @@ def _place(task: str, target: str, fingerprint: Mapping[str, str]) -> Path:
     return cache / "autocompress" / "probes" / f"{task}-{target}-{digest[:12]}.yaml"
 
 
+def cached(task: str, target: str, fingerprint: Mapping[str, str], about: str) -> Probe | None:
+    """The probe in the user's cache of this task, target and device, None where there is none of this subject.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    path = _place(task, target, fingerprint)
+    found = read(path) if path.exists() else None
+    return found if found is not None and found.subject == about else None
+
+
 def payoff_of(run: Run, about: str, fingerprint: Mapping[str, str]) -> Payoff | None:
     """What a run searches by: its own copy of a probe, made before its first trial, None where there is none.
 
@@ -133,8 +144,8 @@ def payoff_of(run: Run, about: str, fingerprint: Mapping[str, str]) -> Payoff | 
     """
     kept = run.path / "probe.yaml"
     if not kept.exists() and not run.trials():
-        measured = _place(run.config.task_name, run.config.profile.name, fingerprint)
-        if measured.exists() and (found := read(measured)).subject == about:
+        found = cached(run.config.task_name, run.config.profile.name, fingerprint, about)
+        if found is not None:
             write(found, kept)
     if not kept.exists():
         return None

@@ -283,7 +283,7 @@ class Space:
         found |= {f"heads:{name}": counts for name, counts in self.heads.items()}
         found |= {f"skip:{name}": (0, 1) for name in self.skippable}
         found |= {f"rank:{name}": ranks.choices for name, ranks in self.ranks.items()}
-        members = self._members()
+        members = self.members
         for block, names in members.items():
             found[f"precision:{block}"] = _union(self.precisions[n] for n in names)
             found[f"sparsity:{block}"] = _union(self.sparsities[n] for n in names)
@@ -298,7 +298,7 @@ class Space:
         """The candidate that `values` means; a variable not given takes its first choice."""
         student = float(values.get("student", 0.0)) or None
         layers: dict[str, LayerChoice] = {}
-        for block, names in self._members().items():
+        for block, names in self.members.items():
             shared = values.get(f"precision:{block}")
             for name in names:
                 own = values.get(f"layer:{name}", INHERIT)
@@ -364,9 +364,11 @@ class Space:
 
     def sparsity_choices(self, block: str) -> tuple[SparsityName, ...]:
         """The sparsities of a block's layers."""
-        return _union(self.sparsities[n] for n in self._members()[block])
+        return _union(self.sparsities[n] for n in self.members[block])
 
-    def _members(self) -> dict[str, list[str]]:
+    @property
+    def members(self) -> dict[str, list[str]]:
+        """Names of the layers that share a precision and a sparsity, by the block that stands in these variables."""
         blocks: dict[str, list[str]] = {}
         for layer in self.structure.layers:
             key = {"model": "all", "layer": layer.name, "block": layer.block}[self.precision_by]
