@@ -13,10 +13,12 @@ from autocompress.build import Builder, Built, Stopwatch, exporter_of
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
+from autocompress.core.front import Rival
 from autocompress.core.measurement import Interval, Measurement
 from autocompress.core.probe import paying
 from autocompress.core.profile import Profile
 from autocompress.core.recipe import Train
+from autocompress.core.sensitivity import Sensitivity
 from autocompress.core.space import Space, SpaceRules, Structure, with_stages_that_pay
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.device.hosts import Host
@@ -52,6 +54,7 @@ class Evaluator:
         self._task = task
         self._run = run
         self._host = host
+        self._progress = progress
         with ThreadPoolExecutor(1) as pool:  # the worker starts while the exporter's packages are imported
             asked = pool.submit(host.fingerprint)
             exporter_of(profile)
@@ -100,7 +103,21 @@ class Evaluator:
         stages = (stage.train for plan in self.space.recipes for stage in plan.stages)
         return next((found for found in stages if found is not None), Train())
 
-    def evaluate(self, candidate: Candidate, role: Role) -> Trial:
+    def sensitivity(self, seconds: float, int8_ratio: float | None) -> Sensitivity:
+        """What each choice alone does to the outputs, as far as it is found out within so many seconds."""
+        from autocompress.sensitivity import probe_sensitivity
+
+        return probe_sensitivity(
+            self._builder,
+            self.space,
+            task=self._task,
+            target=self._profile.name,
+            int8_ratio=int8_ratio,
+            seconds=seconds,
+            progress=self._progress,
+        )
+
+    def evaluate(self, candidate: Candidate, role: Role, *, rivals: Sequence[Rival] = ()) -> Trial:
         """One finished trial, without its number. A candidate's fault is a Failure in it, never an exception.
 
         Raises:

@@ -14,9 +14,9 @@ from autocompress.core.candidate import Candidate
 from autocompress.core.front import MB, Limits, Objective, parse_objectives
 from autocompress.core.space import Space, Values
 from autocompress.core.trial import RUNGS, Rung, Score, Trial
+from autocompress.optimize.fidelity import LEAST_PAIRS, Rated, band, contributions, rank_correlation, trusted
 
 if TYPE_CHECKING:
-    from autocompress.optimize.fidelity import Rated
     from autocompress.optimize.study import Study
 
 BELOW: Mapping[Rung, Rung] = {"short": "oneshot", "full": "short"}
@@ -119,8 +119,6 @@ class Ladder:
 
     def _promotion(self, rung: Rung) -> Attempt | None:
         """The candidate of the rung below with the largest optimistic gain, of those that the time is enough for."""
-        from autocompress.optimize.fidelity import contributions
-
         waiting = self._waiting(rung)
         if not waiting:
             return None
@@ -157,8 +155,6 @@ class Ladder:
 
     def _band(self, waiting: Sequence[Trial], rung: Rung) -> tuple[list[Rated], list[Rated]]:
         """What is expected of each on `rung`, and what may be hoped for."""
-        from autocompress.optimize.fidelity import Rated, band
-
         rated = [self._rated(t) for t in waiting]
         found = band([point.accuracy for point in rated], self._pairs(rung), self._fp32.accuracy)
         expected, hoped = (
@@ -176,8 +172,6 @@ class Ladder:
 
     def _tell_correlations(self) -> None:
         """Log how well each rung ranks the next one, whenever a pair is new."""
-        from autocompress.optimize.fidelity import LEAST_PAIRS, rank_correlation, trusted
-
         pairs = {f"{BELOW[rung]}-{rung}": self._pairs(rung) for rung in reversed(ABOVE)}
         count = sum(len(found) for found in pairs.values())
         if count == self._told:
@@ -212,18 +206,14 @@ class Ladder:
     def _measured(self, score: Score) -> bool:
         return all(axis.value(score) is not None for axis in self._axes)
 
-    def _rated(self, trial: Trial) -> "Rated":
+    def _rated(self, trial: Trial) -> Rated:
         """Accuracy, and the other objectives over those of fp32."""
-        from autocompress.optimize.fidelity import Rated
-
         assert trial.score is not None
         costs = [_over(axis, trial.score, self._fp32) for axis in self._axes if axis.name != "accuracy"]
         return Rated(accuracy=trial.score.accuracy, costs=tuple(costs))
 
-    def _worst(self) -> "Rated":
+    def _worst(self) -> Rated:
         """The corner beyond which nothing is worth recovering: what the limits say, with some slack."""
-        from autocompress.optimize.fidelity import Rated
-
         fp32, limits = self._fp32, self._limits
         floor = fp32.accuracy - ORIGINAL_DROP
         if limits.max_accuracy_drop is not None:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from autocompress.begin import beginning, known_elsewhere, read_sensitivity, write_sensitivity
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import RunError, TargetError
-from autocompress.core.front import Front, Rival, judged, nondominated, parse_objectives
+from autocompress.core.front import Rival, judged, parse_objectives
 from autocompress.core.space import Space, Values
 from autocompress.core.trial import Failure, Role, Rung, Score, Trial
+from autocompress.finals import FINAL_POINTS, finalists, points
 from autocompress.ladder import Attempt, Ladder, Steps
 from autocompress.progress import Progress, Status
 from autocompress.run import Run
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from autocompress.core.sensitivity import Sensitivity
     from autocompress.optimize.study import Study
 
-FINAL_POINTS = 16
 KEPT = 0.2  # of the time at most is for measuring the front again
 TRIALS_A_LAYER = 2.5  # with fewer, feeling out single choices costs more than it tells
 FEELING = 0.1  # of the time at most is for that
@@ -211,7 +209,7 @@ class Session:
             return
         space, layers = self._evaluator.space, len(self._evaluator.space.structure.layers)
         took = [sum(t.seconds.values()) for t in self._study.known if t.score is not None]
-        a_trial, left = max(took, default=1.0), self._budget.deadline - time.monotonic()
+        a_trial, left = max(*took, 0.001), self._budget.deadline - time.monotonic()
         trials = min(self._budget.trials or math.inf, left * processes / a_trial)
         if not space.variables or trials < TRIALS_A_LAYER * layers:
             why = f"{trials:.0f} trials for {layers} layers are too few to make use of it"
@@ -365,39 +363,7 @@ class Session:
         )
 
 
-def points(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """Non-dominated trials, fastest first: what Front.of gives, without the probabilities, which take longer."""
-    axes = parse_objectives(objectives)
-    scored: list[Trial] = []
-    losses: list[list[float]] = []
-    for trial in trials:
-        figures = [None if trial.score is None else axis.value(trial.score) for axis in axes]
-        known = [-v if axis.maximize else v for axis, v in zip(axes, figures, strict=True) if v is not None]
-        if len(known) == len(axes):
-            scored.append(trial)
-            losses.append(known)
-    on = nondominated(np.array(losses, np.float64).reshape(-1, len(axes)))
-    return sorted((t for t, keep in zip(scored, on, strict=True) if keep), key=_latency)
-
-
-def finalists(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """What is measured again: the front, others that may belong on it while there is room, and the baselines."""
-    front = Front.of(trials, objectives)
-    chosen = {t.number: t for t in (*front.baselines.values(), *front.points)}
-    by_number = {t.number: t for t in trials}
-    for number, _ in sorted(front.probability.items(), key=lambda item: -item[1]):
-        if len(chosen) >= FINAL_POINTS:
-            break
-        if front.probability[number] > 0:
-            chosen.setdefault(number, by_number[number])
-    return [chosen[number] for number in sorted(chosen)]
-
-
 def require_fp32(study: "Study") -> None:
     """Raise RunError where the record has no fp32 score to compare with."""
     if not any(t.role == "fp32" and t.score is not None for t in study.trials()):
         raise RunError(f"the study {study.name!r} has no fp32 baseline yet: `autocompress search` makes it first")
-
-
-def _latency(trial: Trial) -> float:
-    return trial.score.latency_ms if trial.score is not None else math.inf

@@ -53,7 +53,7 @@ def open_recorded(path: Path) -> Iterator[Recorded]:
 
 @contextlib.contextmanager
 def _open_run(folder: Path) -> Iterator[Recorded]:
-    from autocompress.loop import finalists
+    from autocompress.finals import finalists
 
     run = open_run(folder)
     trials = run.final() or run.trials()

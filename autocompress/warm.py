@@ -12,7 +12,7 @@ from pathlib import Path
 from autocompress.core.errors import RunError
 from autocompress.core.front import judged
 from autocompress.core.space import Choice, Space, Values
-from autocompress.loop import finalists
+from autocompress.finals import finalists
 from autocompress.run import Run
 
 FOLDERS = ("weights", "teachers")

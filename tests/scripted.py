@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from autocompress.core.sensitivity import Effect, Sensitivity
-
 from autocompress.core.candidate import Candidate
 from autocompress.core.front import Limits, Rival
 from autocompress.core.measurement import Measurement, MeasurePlan
 from autocompress.core.profile import Profile
+from autocompress.core.sensitivity import Effect, Sensitivity
 from autocompress.core.space import Group, Layer, LayerRule, Space, SpaceRules, Structure, WidthRule
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.driver import conduct, contribute
@@ -153,12 +152,18 @@ class Scripted:
         for name, choices in self.space.variables.items():
             alone = {choice: score(self.space.decode({name: choice}), layers) for choice in choices}
             effects[name] = {
-                str(choice): Effect(loss=plain.accuracy - s.accuracy, cost=s.ratio - plain.ratio)
+                str(choice): Effect(loss=max(0.0, plain.accuracy - s.accuracy), cost=s.ratio - plain.ratio)
                 for choice, s in alone.items()
             }
         probes = sum(len(choices) for choices in self.space.variables.values())
         return Sensitivity(
-            task="scripted", target="scripted", effects=effects, probes=probes, seconds=0.0, items=1, left_out={}
+            task="scripted",
+            target="scripted",
+            effects=effects,
+            unit="squared error",
+            probes=probes,
+            seconds=0.0,
+            items=1,
         )
 
     def evaluate(self, candidate: Candidate, role: Role, *, rivals: Sequence[Rival] = ()) -> Trial:
