@@ -19,7 +19,7 @@ import pytest
 from autocompress.begin import seeds
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import InputError, RunError, StageError, TargetError
-from autocompress.core.front import Limits
+from autocompress.core.front import Limits, Rival
 from autocompress.core.trial import Failure, Role, Trial
 from autocompress.driver import _resumed, conduct, contribute, search, worker
 from autocompress.loop import Budget
@@ -294,9 +294,9 @@ def test_limits_are_constraints_of_every_trial(tmp_path: Path) -> None:
 
 def test_an_fp32_that_fails_ends_the_search_with_its_reason(run: Run) -> None:
     class NoFp32(scripted.Scripted):
-        def evaluate(self, candidate: Candidate, role: Role) -> Trial:
+        def evaluate(self, candidate: Candidate, role: Role, *, rivals: Sequence[Rival] = ()) -> Trial:
             failure = Failure(stage="load", error="Fail", message="unsupported opset")
-            return replace(super().evaluate(candidate, role), outcome=failure, measurement=None)
+            return replace(super().evaluate(candidate, role, rivals=rivals), outcome=failure, measurement=None)
 
     with pytest.raises(TargetError, match="the fp32 baseline failed in stage 'load': unsupported opset"):
         scripted.drive(run, NoFp32(run))
