@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from autocompress.begin import beginning, known_elsewhere, read_sensitivity, write_sensitivity
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import RunError, TargetError
-from autocompress.core.front import Rival, judged, parse_objectives
+from autocompress.core.front import MB, Rival, judged, parse_objectives
 from autocompress.core.space import Space, Values
 from autocompress.core.trial import Failure, Role, Rung, Score, Trial
 from autocompress.finals import FINAL_POINTS, finalists, points
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from autocompress.optimize.study import Study
 
 KEPT = 0.2  # of the time at most is for measuring the front again
+DROP = 0.1  # of the metric below fp32's: what is worse is of no use where no limit says otherwise
+LEAST_DROP = 0.01  # a limit of nothing would leave no room to learn in
+RELAXED = 0.2  # as much lower below the top of the ladder: a recovery brings that back
 TRIALS_A_LAYER = 2.5  # with fewer, feeling out single choices costs more than it tells
 FEELING = 0.1  # of the time at most is for that
 A_PROCESS_S = 0.5  # to start one, and to read a file's memory in another
@@ -159,6 +162,7 @@ class Session:
 
     def explore(self, seeds: Sequence[Values], alive: Callable[[], None] = lambda: None) -> str:
         """Try the seeds, then what the study proposes. `alive` is called before each trial. Returns why it ended."""
+        self.guide()
         for values in seeds:
             self._study.enqueue(values)
         ladder = self._ladder()
@@ -231,7 +235,43 @@ class Session:
 
     def _take_up(self, found: "Sensitivity") -> None:
         self._sensitivity = found
-        self._study.guide({v: {c: (e.loss, e.cost) for c, e in of.items()} for v, of in found.effects.items()})
+
+    def guide(self) -> None:
+        """Tell the sampler what is known by now: single choices, and what is of use at all."""
+        from autocompress.optimize.sampler import Guide
+
+        space, known = self._evaluator.space, self._sensitivity
+        fp32 = next((t.score for t in self._study.known if t.role == "fp32" and t.score is not None), None)
+        effects = (
+            {}
+            if known is None
+            else {
+                variable: {choice: (e.loss, e.cost) for choice, e in of.items()}
+                for variable, of in known.effects.items()
+            }
+        )
+        blocks = {layer: block for block, members in space.members.items() for layer in members}
+        bounds = {} if fp32 is None else self._bounds(fp32)
+        self._study.guide(Guide(effects=effects, bounds=bounds, blocks=blocks))
+
+    def _bounds(self, fp32: Score) -> dict[str, float]:
+        """The worst of each objective that is of use, relaxed by what a recovery may bring back."""
+        config = self._run.config
+        limits, relaxed = config.limits, 0.0 if config.fidelity == "oneshot" else RELAXED
+        drop = DROP if limits.max_accuracy_drop is None else limits.max_accuracy_drop / 100
+        floor = fp32.accuracy - max(drop, LEAST_DROP) - relaxed
+        if limits.min_accuracy is not None:
+            floor = min(limits.min_accuracy, fp32.accuracy - LEAST_DROP) - relaxed
+        bounds = {"accuracy": floor}
+        for objective in parse_objectives(config.objectives):
+            value = objective.value(fp32)
+            if objective.name != "accuracy" and value is not None:
+                bounds[objective.name] = value
+        if limits.max_latency_ms is not None:
+            bounds["latency"] = min(bounds["latency"], limits.max_latency_ms)
+        if limits.max_size_mb is not None and "size" in bounds:
+            bounds["size"] = min(bounds["size"], MB * limits.max_size_mb)
+        return bounds
 
     def _attempt(self) -> Attempt | None:
         values = self._study.ask()

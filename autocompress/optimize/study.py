@@ -29,17 +29,13 @@ from autocompress.core.trial import Trial
 from autocompress.optimize.claims import Claims
 from autocompress.optimize.nsga2 import POPULATION, Nsga2, generation_key
 from autocompress.optimize.record import close_storage, decode, encode, open_storage, storage_errors
+from autocompress.optimize.sampler import Guide, SurrogateSampler
 
 SAMPLE_ATTEMPTS = 16
 SYNC_S = 0.5  # what other workers finished since so long ago is known before asking
 NEIGHBOUR_ATTEMPTS = 96
 ENUMERATE_UP_TO = 4096
-SAMPLERS: Mapping[str, Callable[[int, int], BaseSampler]] = {
-    "surrogate": lambda seed, population: Nsga2(seed=seed, population_size=population),
-    "nsga2": lambda seed, population: Nsga2(seed=seed, population_size=population),
-    "tpe": lambda seed, _: TPESampler(seed=seed, multivariate=True),
-    "random": lambda seed, _: RandomSampler(seed=seed),
-}
+SAMPLERS = ("surrogate", "nsga2", "tpe", "random")
 
 
 class Study:
@@ -93,7 +89,7 @@ class Study:
             self._check_or_describe(dict(attributes or {}))
             written = len(self._record.get_trials(deepcopy=False))
         self._random = random.Random(seed + 7919 * written)
-        self._sampler = SAMPLERS[sampler](self._random.getrandbits(31), population)
+        self._sampler = self._made(sampler, self._random.getrandbits(31), population)
         self._mirror = optuna.create_study(directions=directions, sampler=self._sampler)
         self._trials: dict[int, Trial] = {}
         self._numbers: dict[str, int] = {}
@@ -128,8 +124,22 @@ class Study:
                 raise InputError(f"`{name}` must be one of {list(self.variables[name])}, got {value!r}")
         self._queue.append(full)
 
-    def guide(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
-        """Tell the sampler what each choice alone is thought to do to accuracy and latency."""
+    def guide(self, guide: Guide) -> None:
+        """Tell the sampler what is known before the trials say it; those that learn from trials only do not listen."""
+        if isinstance(self._sampler, SurrogateSampler):
+            self._sampler.guide(guide)
+
+    def _made(self, sampler: str, seed: int, population: int) -> BaseSampler:
+        if sampler == "nsga2":
+            return Nsga2(seed=seed, population_size=population)
+        if sampler == "tpe":
+            return TPESampler(seed=seed, multivariate=True)
+        if sampler == "random":
+            return RandomSampler(seed=seed)
+        return SurrogateSampler(self.variables, self.objectives, seed=seed, pending=self._tried_elsewhere)
+
+    def _tried_elsewhere(self) -> list[Values]:
+        return [] if self._claims is None else list(self._claims.of_others().values())
 
     def values(self, number: int) -> dict[str, Choice]:
         """The values that a finished trial was made from."""

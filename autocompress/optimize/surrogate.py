@@ -1,0 +1,274 @@
+"""What trials teach of the others: a sum of single choices, and a Gaussian process over what that leaves.
+
+All is minimised here. Accuracy is negated; costs are logarithms, since what a choice does to them is a factor.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.core.front import nondominated
+from autocompress.core.space import INHERIT, Choice, Values
+
+Array = NDArray[np.float64]
+Rows = NDArray[np.intp]
+
+RIDGE = 0.3  # a choice that was seen once counts for three quarters of what it seems to do
+PRIOR_RIDGE = 0.02  # the two sums of effects are not shrunk as much: one coefficient has to learn their scale
+NEAREST = 160  # trials that the process is of
+LENGTHS = (1.0, 3.0, 10.0)  # of the kernel, in variables that differ
+NOISES = (0.05, 0.5)  # share of the residuals' variance that no variable explains
+WIDEST_FRONT = 24  # points that boxes are made of with four objectives and more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Believed:
+    """Means and standard deviations of objectives, `[candidates, objectives]`."""
+
+    mean: Array
+    deviation: Array
+
+
+class Encoding:
+    """Values as numbers of choices: one column for each variable, what a layer takes over from its block resolved."""
+
+    def __init__(self, variables: Mapping[str, tuple[Choice, ...]], blocks: Mapping[str, str]) -> None:
+        """`blocks` tells each layer's block; a layer whose variable says "block" has the choice of that."""
+        self.variables = dict(variables)
+        self._of_block = {
+            f"layer:{layer}": f"precision:{block}"
+            for layer, block in blocks.items()
+            if f"layer:{layer}" in variables and f"precision:{block}" in variables
+        }
+        covered = self._covered(blocks)
+        self._columns: dict[str, dict[Choice, int]] = {}
+        for name, choices in self.variables.items():
+            if name in covered:
+                continue
+            own = [c for c in choices if not (name in self._of_block and c == INHERIT)]
+            if name in self._of_block:
+                own += [c for c in self.variables[self._of_block[name]] if c not in own]
+            self._columns[name] = {choice: i for i, choice in enumerate(own)}
+        sizes = [len(own) for own in self._columns.values()]
+        self.starts: Rows = np.concatenate([[0], np.cumsum(sizes)]).astype(np.intp)
+
+    def _covered(self, blocks: Mapping[str, str]) -> set[str]:
+        """Blocks whose every layer has a variable of its own: they say nothing that their layers do not."""
+        layers: dict[str, list[str]] = {}
+        for layer, block in blocks.items():
+            layers.setdefault(f"precision:{block}", []).append(f"layer:{layer}")
+        return {block for block, own in layers.items() if all(name in self._of_block for name in own)}
+
+    @property
+    def size(self) -> int:
+        """Columns of a one-hot row."""
+        return int(self.starts[-1])
+
+    def rows(self, many: Sequence[Values]) -> Rows:
+        """For each of `many`, the one-hot column of each variable, `[many, variables]`."""
+        found = np.empty((len(many), len(self._columns)), np.intp)
+        for j, (name, known) in enumerate(self._columns.items()):
+            block = self._of_block.get(name)
+            for i, values in enumerate(many):
+                value = values.get(name, self.variables[name][0])
+                if block is not None and value == INHERIT:
+                    value = values.get(block, self.variables[block][0])
+                found[i, j] = known.get(value, 0)
+        return found + self.starts[:-1]
+
+    def best(self, scores: Array) -> dict[str, Choice]:
+        """For each variable the choice whose column has the lowest of `scores`, `[columns]`."""
+        found: dict[str, Choice] = {}
+        for j, (name, known) in enumerate(self._columns.items()):
+            own = scores[self.starts[j] : self.starts[j + 1]]
+            choice = list(known)[int(np.argmin(own))]
+            found[name] = choice if choice in self.variables[name] else INHERIT
+        return found
+
+    def summed(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> Array:
+        """For each one-hot column what its choice alone does to accuracy and to latency, `[columns, 2]`."""
+        found = np.zeros((self.size, 2))
+        for j, (name, known) in enumerate(self._columns.items()):
+            own = {**effects.get(self._of_block.get(name, ""), {}), **effects.get(name, {})}
+            for choice, i in known.items():
+                found[self.starts[j] + i] = own.get(str(choice), (0.0, 0.0))
+        return found
+
+
+class Additive:
+    """Ridge regression on single choices, brought up to date with each trial.
+
+    Attributes:
+        coefficients: `[columns + 3, objectives]`: of choices, of the two sums of effects, and the constant.
+        summed: `[columns, 2]`: the effects of each choice, in units of all of them together.
+    """
+
+    def __init__(self, encoding: Encoding, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+        self.summed = encoding.summed(effects)
+        top = np.abs(self.summed).sum(0)
+        self.summed = self.summed / np.where(top > 0, top, 1.0)
+        size = encoding.size + 3
+        self._gram = np.zeros((size, size))
+        self._slope: Array | None = None
+        self.coefficients: Array = np.zeros((size, 0))
+
+    def dense(self, rows: Rows) -> Array:
+        """The features that are not one-hot, `[rows, 3]`."""
+        sums = self.summed[rows].sum(1)
+        return np.column_stack([sums, np.ones(len(rows))])
+
+    def learn(self, rows: Rows, losses: Array) -> None:
+        """Take up trials, `[trials, variables]` and `[trials, objectives]`."""
+        if self._slope is None:
+            self._slope = np.zeros((len(self._gram), losses.shape[1]))
+        features = self._features(rows)
+        self._gram += features.T @ features
+        self._slope += features.T @ losses
+        penalty = np.full(len(self._gram), RIDGE)
+        penalty[-3:] = (PRIOR_RIDGE, PRIOR_RIDGE, 1e-6)
+        self.coefficients = np.linalg.solve(self._gram + np.diag(penalty), self._slope).astype(np.float64)
+
+    def predict(self, rows: Rows) -> Array:
+        """`[rows, objectives]`."""
+        own = self.coefficients[:-3][rows].sum(1)
+        found: Array = own + self.dense(rows) @ self.coefficients[-3:]
+        return found
+
+    def _features(self, rows: Rows) -> Array:
+        found = np.zeros((len(rows), len(self._gram)))
+        found[np.arange(len(rows))[:, None], rows] = 1.0
+        found[:, -3:] = self.dense(rows)
+        return found
+
+
+class Process:
+    """A Gaussian process over residuals of the trials nearest to the front, by how many variables differ."""
+
+    def __init__(self, rows: Rows, residuals: Array) -> None:
+        """`rows` `[trials, variables]`, `residuals` `[trials, objectives]`."""
+        self._rows = rows
+        apart = _apart(rows, rows)
+        self._fits = [self._fit(apart, residuals[:, k]) for k in range(residuals.shape[1])]
+
+    def predict(self, rows: Rows) -> Believed:
+        """Means and deviations of the residuals of other candidates."""
+        apart = _apart(rows, self._rows)
+        means, deviations = [], []
+        for length, variance, noise, inverse, weighted in self._fits:
+            near = np.exp(-apart / length)
+            means.append(near @ weighted)
+            left = 1 - np.einsum("ij,jk,ik->i", near, inverse, near, optimize=True)
+            deviations.append(np.sqrt(variance * np.maximum(left, noise)))
+        return Believed(mean=np.column_stack(means), deviation=np.column_stack(deviations))
+
+    @staticmethod
+    def _fit(apart: Array, residual: Array) -> tuple[float, float, float, Array, Array]:
+        """Length, variance, noise, inverse of the kernel and weights: the likeliest of a few."""
+        best: tuple[float, tuple[float, float, float, Array, Array]] | None = None
+        count = len(residual)
+        for length in LENGTHS:
+            kernel = np.exp(-apart / length)
+            values, vectors = np.linalg.eigh(kernel)
+            turned = vectors.T @ residual
+            for noise in NOISES:
+                spectrum = np.maximum(values, 0.0) + noise
+                variance = max(float((turned**2 / spectrum).mean()), 1e-12)
+                likelihood = -0.5 * (count * np.log(variance) + np.log(spectrum).sum())
+                if best is None or likelihood > best[0]:
+                    inverse = (vectors / spectrum) @ vectors.T
+                    best = (likelihood, (length, variance, noise, inverse, inverse @ residual))
+        assert best is not None
+        return best[1]
+
+
+def nearest(losses: Array, count: int) -> NDArray[np.intp]:
+    """The `count` rows of `[trials, objectives]` that need the least improvement to be on the front."""
+    if len(losses) <= count:
+        return np.arange(len(losses))
+    span = np.ptp(losses, axis=0)
+    scaled = losses / np.where(span > 0, span, 1.0)
+    front = scaled[nondominated(scaled)]
+    missing = (scaled[:, None] - front[None]).min(2).max(1)
+    return np.argsort(missing, kind="stable")[:count]
+
+
+def expected_gain(believed: Believed, front: Array, reference: Array) -> Array:
+    """Expected hypervolume improvement of each candidate over `front` up to `reference`, `[candidates]`.
+
+    Exact for independent normal objectives: the region that the front does not dominate is cut into boxes, and over
+    each the expectation is a product (Emmerich et al., 2006; Yang et al., 2019).
+
+    Args:
+        front: `[points, objectives]`, of which dominated ones and those beyond `reference` do not matter.
+    """
+    inside = front[(front < reference).all(1)].reshape(-1, len(reference))
+    inside = inside[nondominated(inside)]
+    if inside.shape[1] > 3 and len(inside) > WIDEST_FRONT:
+        order = np.argsort(inside[:, 0], kind="stable")
+        inside = inside[order[np.linspace(0, len(order) - 1, WIDEST_FRONT).astype(int)]]
+    low, high = _boxes(inside, reference)
+    gain = np.ones((len(believed.mean), len(low)))
+    for k in range(len(reference)):
+        mean, deviation = believed.mean[:, k], believed.deviation[:, k]
+        gain *= _below(high[:, k], mean, deviation) - _below(low[:, k], mean, deviation)
+    total: Array = gain.sum(1)
+    return np.maximum(total, 0.0)
+
+
+def _boxes(front: Array, reference: Array) -> tuple[Array, Array]:
+    """Lower and upper corners of boxes that fill what `front` does not dominate, below `reference`."""
+    if front.shape[1] == 1:
+        top = front.min() if len(front) else reference[0]
+        return np.array([[-np.inf]]), np.array([[top]])
+    edges = np.concatenate([[-np.inf], np.unique(front[:, -1]), reference[-1:]])
+    lows, highs = [], []
+    for bottom, top in itertools.pairwise(edges):
+        below = front[front[:, -1] <= bottom][:, :-1]
+        below = below[nondominated(below)]
+        low, high = _boxes(below, reference[:-1])
+        lows.append(np.column_stack([low, np.full(len(low), bottom)]))
+        highs.append(np.column_stack([high, np.full(len(high), top)]))
+    return np.vstack(lows), np.vstack(highs)
+
+
+def _below(edge: Array, mean: Array, deviation: Array) -> Array:
+    """E[max(0, edge − x)] for normal x, `[candidates, edges]`; 0 at −∞."""
+    finite = np.where(np.isfinite(edge), edge, 0.0)
+    gap = finite[None] - mean[:, None]
+    spread = np.maximum(deviation, 1e-12)[:, None]
+    z = gap / spread
+    density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+    found: Any = gap * _normal(z) + spread * density
+    return np.where(np.isfinite(edge)[None], np.maximum(found, 0.0), 0.0)
+
+
+def _normal(z: Array) -> Array:
+    """The normal distribution function, to 1.2e-7 (Numerical Recipes' erfc)."""
+    x = np.abs(z) / np.sqrt(2)
+    t = 1 / (1 + 0.5 * x)
+    terms = (-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587,
+             -0.82215223, 0.17087277)  # fmt: skip
+    total = np.zeros_like(t)
+    for term in reversed(terms):
+        total = total * t + term
+    tail = 0.5 * t * np.exp(-x * x + total)
+    found: Array = np.where(z > 0, 1 - tail, tail)
+    return found
+
+
+def _apart(one: Rows, other: Rows) -> Array:
+    """How many variables differ, `[one, other]`."""
+    size = 1 + max(int(one.max(initial=0)), int(other.max(initial=0)))
+    alike = _one_hot(one, size) @ _one_hot(other, size).T
+    found: Array = one.shape[1] - alike.astype(np.float64)
+    return found
+
+
+def _one_hot(rows: Rows, size: int) -> NDArray[np.float32]:
+    found = np.zeros((len(rows), size), np.float32)
+    found[np.arange(len(rows))[:, None], rows] = 1.0
+    return found
