@@ -50,8 +50,8 @@ def sweep(
     found: dict[tuple[Choice, ...], dict[str, Choice]] = {}
     for price in _prices([table for name, table in tables.items() if not layers.get(name)] + _own(tables, layers)):
         policy = {**first, **_policy(tables, layers, price)}
-        found.setdefault(tuple(policy.values()), policy)
-    found.pop(tuple(first.values()), None)
+        found.setdefault(_meant(policy, layers), policy)
+    found.pop(_meant(first, layers), None)
     policies = list(found.values())
     points = [predicted(effects, policy, blocks=blocks) for policy in policies]
     return [policies[i] for i in _spread(points, count)]
@@ -121,6 +121,13 @@ def _policy(tables: Mapping[str, Table], layers: Mapping[str, Sequence[str]], pr
             better = _price(table[own], price) < _price(table[shared], price)
             policy[name] = own if better else INHERIT
     return policy
+
+
+def _meant(policy: Values, layers: Mapping[str, Sequence[str]]) -> tuple[Choice, ...]:
+    """What tells policies apart: layers with their own precision and with the same one of their block are alike."""
+    block_of = {name: block for block, names in layers.items() for name in names}
+    meant = {n: policy.get(block_of.get(n, ""), value) if value == INHERIT else value for n, value in policy.items()}
+    return tuple(value for name, value in meant.items() if name not in layers)
 
 
 def _best(table: Table, price: float) -> Choice:
