@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from autocompress.cli import doctor, front, pick, profile, report, reprofile, search, verify, worker
+from autocompress.cli import doctor, front, pick, profile, report, reprofile, search, sensitivity, verify, worker
 from autocompress.core.errors import AutocompressError
 
-COMMANDS = (doctor, profile, search, front, pick, verify, reprofile, report, worker)
+COMMANDS = (doctor, profile, sensitivity, search, front, pick, verify, reprofile, report, worker)
 DEBUG_VARIABLE = "AUTOCOMPRESS_DEBUG"
 INTERRUPTED = 130
 

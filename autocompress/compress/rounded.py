@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.compress.absorb import absorb
-from autocompress.compress.cluster import codebook
+from autocompress.compress.cluster import codebook, nearest
 from autocompress.compress.material import Batch, Call
 from autocompress.compress.quantize import ActivationStats, activation_scale, quantize_weight
 from autocompress.core.candidate import LayerChoice
@@ -125,5 +125,9 @@ def round_weight(weight: Tensor, choice: LayerChoice) -> Tensor:
         rounded = q * scale.reshape(-1, *(1,) * (array.ndim - 1))
     else:
         which, table = codebook(array, choice.weight_bits, choice.levels)
+        if choice.kernel == "int8" and choice.levels == "kmeans":  # integers of 7 bits, which all kernels take
+            step = max(float(np.abs(table).max()) / 63, 1e-8)
+            table = np.rint(table / step) * step
+            which = nearest(array, table)
         rounded = table[which]
     return torch.from_numpy(np.ascontiguousarray(rounded, np.float32)).to(weight.device)

@@ -15,8 +15,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ from autocompress.compress.apply import Setting
 from autocompress.compress.cut import choices as present_choices
 from autocompress.compress.cut import cut
 from autocompress.compress.distill import output_loss
+from autocompress.compress.effects import CUTS, NO_TIME, Key, allowed, planned, tables, units
 from autocompress.compress.heads import cut_heads
-from autocompress.compress.interpolate import anchors, between
 from autocompress.compress.multiply_adds import multiply_adds
 from autocompress.compress.outputs import outputs_of
 from autocompress.compress.rounded import Rounded
@@ -41,26 +40,7 @@ from autocompress.core.space import Choice, Space
 ITEMS = 128  # calibration items a precision is probed on
 CUT_ITEMS = 64  # a cut: it moves outputs further, and its BatchNorm has to be settled on them too
 BATCH = 32
-ORIGINAL = Effect(loss=0.0, cost=0.0, probed=False)
-NOT_PROBED: Mapping[str, str] = {
-    "student": "a student has weights of its own: only a trial scores it",
-    "float": "float arithmetic is the runtime's: only a trial scores it",
-    "calibrator": "every probe takes the lowest and highest value seen",
-    "recipe": "a recipe trains: only a trial scores it",
-}
-NO_TIME = "no time was left for it"
-
-Key = tuple[str, Choice]
 Told = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Unit:
-    """Layers that are rounded together: each has a choice's precision, or its own first where it may not have that."""
-
-    name: str
-    layers: tuple[str, ...]
-    precisions: tuple[str, ...]
 
 
 def measure(
@@ -95,7 +75,7 @@ class _Probes:
         self._original = setting.original
         pruning = [stage.prune for stage in space.recipes[0].stages if stage.prune]
         self._importance: Importance = pruning[0].importance if pruning else "magnitude"
-        self._units = _units(space)
+        self._units = units(space)
         batches = [batch for batch, _ in self._material.calibration(ITEMS, BATCH)]
         # BatchNorm cannot be settled on one item.
         self._batches = [batch for batch in batches if _count(batch) > 1] or batches
@@ -104,9 +84,8 @@ class _Probes:
         self._failed: dict[Key, str] = {}
 
     def run(self, task: str, target: str, progress: Told) -> Sensitivity:
-        planned = list(dict.fromkeys(self._plan()))
-        done = 0
-        for key in planned:
+        plan, done = planned(self._space), 0
+        for key in plan:
             if time.monotonic() >= self._deadline:
                 self._failed[key] = NO_TIME
                 continue
@@ -116,8 +95,8 @@ class _Probes:
                 first = next(iter(str(error).strip().splitlines()), "")
                 self._failed[key] = first if isinstance(error, StageError) else f"{type(error).__name__}: {first}"
             done += 1
-            progress(done, len(planned))
-        effects, left_out = self._tables()
+            progress(done, len(plan))
+        effects, left_out = tables(self._space, self._found, self._failed)
         return Sensitivity(
             task=task,
             target=target,
@@ -130,25 +109,12 @@ class _Probes:
             left_out=left_out,
         )
 
-    def _plan(self) -> Iterator[Key]:
-        """What is probed: each layer's first bits, the ends of what is cut, their middles, and further bits."""
-        for unit in self._units:
-            yield from ((unit.name, p) for p in [p for p in unit.precisions if p != "fp32"][:1])
-        cuts = {n: c for n, c in self._space.variables.items() if _kind(n) in _CUTS}
-        ends = {name: anchors(self._distances(name)) for name in cuts}
-        yield from ((name, found[-1]) for name, found in ends.items() if found)
-        yield from ((name, choice) for name, found in ends.items() for choice in found)
-        distances = {name: self._distances(name) for name in cuts}
-        yield from ((name, choice) for name, cs in cuts.items() for choice in cs if choice not in distances[name])
-        for unit in self._units:
-            yield from ((unit.name, p) for p in unit.precisions if p != "fp32")
-
     def _probe(self, name: str, choice: Choice) -> Effect:
         kind, _, rest = name.partition(":")
-        if kind in _CUTS:
+        if kind in CUTS:
             return self._cut(kind, rest, choice)
         unit = next(unit for unit in self._units if unit.name == name)
-        layers = {n: parse_precision(_allowed(self._space, n, str(choice))) for n in unit.layers}
+        layers = {n: parse_precision(allowed(self._space, n, str(choice))) for n in unit.layers}
         if isinstance(self._rounded, str):
             raise StageError("calibrate", self._rounded)
         with self._rounded.at(layers) as model:
@@ -245,94 +211,6 @@ class _Probes:
         if choice.kernel == "float":
             return 0.0
         return (choice.activation_bits / 32 if self._int8_ratio is None else self._int8_ratio) - 1
-
-    def _distances(self, name: str) -> dict[Choice, float]:
-        """How far each choice of a variable is from the original, for those that lie on a line with it."""
-        kind, choices = _kind(name), self._space.variables[name]
-        if kind == "sparsity":
-            return {c: float(c) for c in choices if not isinstance(c, str)}
-        if kind == "skip":
-            return {c: float(c) for c in choices}
-        return {c: float(choices[0]) - float(c) for c in choices}
-
-    def _tables(self) -> tuple[dict[str, dict[str, Effect]], dict[str, str]]:
-        """Effects by variable, and why there are none, for all variables of the space."""
-        effects: dict[str, dict[str, Effect]] = {}
-        left_out: dict[str, str] = {}
-        for name, choices in self._space.variables.items():
-            kind = _kind(name)
-            if kind in NOT_PROBED:
-                left_out[name] = NOT_PROBED[kind]
-                continue
-            found, failed = self._precision_table(name) if kind in _BITS else self._cut_table(name)
-            ordered = {str(c): found[c] for c in choices if c in found}
-            if all(effect is ORIGINAL for effect in ordered.values()):
-                left_out[name] = next(iter(failed.values()), NO_TIME)
-            else:
-                effects[name] = ordered
-                left_out |= {f"{name}={choice}": why for choice, why in failed.items()}
-        return effects, left_out
-
-    def _cut_table(self, name: str) -> tuple[dict[Choice, Effect], dict[Choice, str]]:
-        choices = self._space.variables[name]
-        found = {c: self._found[name, c] for c in choices if (name, c) in self._found}
-        whole = {0} if _kind(name) in ("sparsity", "skip") else {choices[0]}
-        found |= {c: ORIGINAL for c in choices if c in whole}
-        found = between(found, self._distances(name))
-        failed = {c: self._failed.get((name, c), NO_TIME) for c in choices if c not in found}
-        reasons = [self._failed[name, c] for c in choices if (name, c) in self._failed]
-        return found, {c: reasons[0] if why == NO_TIME and reasons else why for c, why in failed.items()}
-
-    def _precision_table(self, name: str) -> tuple[dict[Choice, Effect], dict[Choice, str]]:
-        kind, _, rest = name.partition(":")
-        if kind == "layer":
-            parts = [unit for unit in self._units if unit.name == name]
-            choices: tuple[str, ...] = self._space.precisions[rest]
-        else:
-            members = self._space.members[rest]
-            parts = [unit for unit in self._units if set(unit.layers) <= set(members)]
-            choices = tuple(str(c) for c in self._space.variables[name])
-        found: dict[Choice, Effect] = {}
-        failed: dict[Choice, str] = {}
-        for choice in choices:
-            keys = [(u.name, choice if choice in u.precisions else u.precisions[0]) for u in parts]
-            if missing := [key for key in keys if key[1] != "fp32" and key not in self._found]:
-                failed[choice] = self._failed.get(missing[0], NO_TIME)
-                continue
-            known = [self._found[key] for key in keys if key[1] != "fp32"]
-            found[choice] = known[0] if len(parts) == len(known) == 1 else _sum(known)
-        return found, failed
-
-
-_BITS = ("precision", "layer")
-_CUTS = ("width", "heads", "skip", "rank", "sparsity")
-
-
-def _sum(effects: list[Effect]) -> Effect:
-    if not effects:
-        return ORIGINAL
-    total = Effect(loss=sum(e.loss for e in effects), cost=max(-1.0, sum(e.cost for e in effects)))
-    return replace(total, probed=False)
-
-
-def _units(space: Space) -> tuple[_Unit, ...]:
-    """A layer each, but all together where one precision is chosen for the model."""
-    found = []
-    for block, members in space.members.items():
-        if space.precision_by == "model":
-            union = tuple(dict.fromkeys(p for n in members for p in space.precisions[n]))
-            found.append(_Unit(name=f"precision:{block}", layers=tuple(members), precisions=union))
-        else:
-            found += [_Unit(name=f"layer:{n}", layers=(n,), precisions=space.precisions[n]) for n in members]
-    return tuple(unit for unit in found if len(unit.precisions) > 1)
-
-
-def _allowed(space: Space, layer: str, precision: str) -> str:
-    return precision if precision in space.precisions[layer] else space.precisions[layer][0]
-
-
-def _kind(name: str) -> str:
-    return name.partition(":")[0]
 
 
 def _count(batch: Mapping[str, Tensor]) -> int:

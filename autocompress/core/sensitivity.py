@@ -51,7 +51,7 @@ class Sensitivity:
             known and they cost by their bits.
         probes: how often the model was run in another form.
         seconds: all that took.
-        items: calibration items that it was run on, of each probe.
+        items: calibration items that precisions were probed on; cuts were on 64 of them at most.
         left_out: why, by variable, or by `variable=choice` where others of its choices have an effect.
     """
 

@@ -16,6 +16,7 @@ from autocompress.core.sensitivity import Effect
 from autocompress.core.space import INHERIT, Choice, Values
 
 PRICES = 400  # tried at most: each is a walk over all variables
+NEGLIGIBLE = 1e-4  # of a loss: probabilities differ by less than 1 %
 Effects = Mapping[str, Mapping[str, Effect]]
 Table = Mapping[Choice, Effect]
 Point = tuple[float, float]
@@ -49,8 +50,8 @@ def sweep(
     found: dict[tuple[Choice, ...], dict[str, Choice]] = {}
     for price in _prices([table for name, table in tables.items() if not layers.get(name)] + _own(tables, layers)):
         policy = {**first, **_policy(tables, layers, price)}
-        found.setdefault(tuple(policy.values()), policy)
-    found.pop(tuple(first.values()), None)
+        found.setdefault(_meant(policy, layers), policy)
+    found.pop(_meant(first, layers), None)
     policies = list(found.values())
     points = [predicted(effects, policy, blocks=blocks) for policy in policies]
     return [policies[i] for i in _spread(points, count)]
@@ -59,24 +60,24 @@ def sweep(
 def predicted(effects: Effects, values: Values, *, blocks: Mapping[str, str] | None = None) -> Point:
     """Loss, and latency as a share of fp32's, by which policies are put in order.
 
-    Losses are added up. So is what is saved by variables of one kind; what is left by widths, by precisions, and so on
-    is multiplied, since a layer that is gone cannot be made integer too.
+    Losses are added up. So is what is saved by precisions, each of which is of other layers; what is left by that and
+    by each cut is multiplied, since what is gone cannot be made integer, or cut, once more.
     """
-    loss, left = 0.0, dict[str, float]()
+    loss, integer, cut = 0.0, 1.0, 1.0
     for name, value in values.items():
         kind, _, rest = name.partition(":")
         effect = _effect(effects, name, value)
-        if kind == "layer":
-            if value == INHERIT:
-                continue
+        if kind == "layer" and value != INHERIT:
             block = _block_of(rest, [n.removeprefix("precision:") for n in values], blocks or {})
             shared = _effect(effects, name, values.get(f"precision:{block}", ""))
-            loss, kind, cost = loss - shared.loss, "precision", effect.cost - shared.cost
+            loss -= shared.loss
+            integer -= shared.cost
+        if kind in ("precision", "layer"):
+            integer += effect.cost
         else:
-            cost = effect.cost
+            cut *= 1 + effect.cost
         loss += effect.loss
-        left[kind] = left.get(kind, 1.0) + cost
-    return max(0.0, loss), math.prod(max(0.0, share) for share in left.values())
+    return max(0.0, loss), max(0.0, integer) * cut
 
 
 def _table(effects: Mapping[str, Effect], choices: tuple[Choice, ...]) -> dict[Choice, Effect]:
@@ -122,6 +123,13 @@ def _policy(tables: Mapping[str, Table], layers: Mapping[str, Sequence[str]], pr
     return policy
 
 
+def _meant(policy: Values, layers: Mapping[str, Sequence[str]]) -> tuple[Choice, ...]:
+    """What tells policies apart: layers with their own precision and with the same one of their block are alike."""
+    block_of = {name: block for block, names in layers.items() for name in names}
+    meant = {n: policy.get(block_of.get(n, ""), value) if value == INHERIT else value for n, value in policy.items()}
+    return tuple(value for name, value in meant.items() if name not in layers)
+
+
 def _best(table: Table, price: float) -> Choice:
     """The choice of the least loss + price·cost; of equal ones the first."""
     return min(table, key=lambda choice: _price(table[choice], price))
@@ -161,11 +169,19 @@ def _effect(effects: Effects, name: str, value: Choice) -> Effect:
 def _spread(points: Sequence[Point], count: int) -> list[int]:
     """At most `count` of the points, in order of falling latency, at equal distances along the way.
 
-    A step counts by the latency it saves and by what the answers change. Of two distributions with a KL divergence of
-    d the probabilities differ by √(1 − e^−d) at most (Bretagnolle & Huber, 1979): beyond a few nats all is lost, and no
-    point there is farther than another.
+    Points that a cheaper one beats but for a negligible loss are taken only where there are not enough others. A step
+    counts by the latency it saves and by what the answers change. Of two distributions with a KL divergence of d the
+    probabilities differ by √(1 − e^−d) at most (Bretagnolle & Huber, 1979): beyond a few nats all is lost, and no point
+    there is farther than another.
     """
+    if not points:
+        return []
     order = sorted(range(len(points)), key=lambda i: (-points[i][1], points[i][0]))
+    least = np.minimum.accumulate([points[i][0] for i in reversed(order)])[::-1]
+    better = [
+        i for i, cheaper in zip(order, [*least[1:], math.inf], strict=True) if cheaper > points[i][0] + NEGLIGIBLE
+    ]
+    order = better if len(better) >= count else order
     if len(order) <= count:
         return order
     places = np.array([(math.sqrt(-math.expm1(-points[i][0])), points[i][1]) for i in order])

@@ -25,16 +25,25 @@ def write_plot(front: Front, title: str, path: Path) -> None:
         InputError: another suffix, an empty front, or a path that cannot be written.
         TargetError: the library that draws is not installed.
     """
-    if path.suffix not in (".html", ".png"):
-        raise InputError(f"a picture is written as .html or .png, got {str(path)!r}")
+    check_path(path)
     if not front.points:
         raise InputError("there is nothing to draw: no trial was scored")
-    if not path.parent.is_dir():
-        raise InputError(f"the folder of {str(path)!r} does not exist")
     if path.suffix == ".html":
         path.write_text(figure(front, title).to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
     else:
         _write_png(front, title, path)
+
+
+def check_path(path: Path) -> None:
+    """Say before the work what a picture cannot be written to.
+
+    Raises:
+        InputError: another suffix than `.html` or `.png`, or a folder that is not there.
+    """
+    if path.suffix not in (".html", ".png"):
+        raise InputError(f"a picture is written as .html or .png, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder of {str(path)!r} does not exist")
 
 
 def figure(front: Front, title: str) -> Any:
