@@ -251,8 +251,8 @@ class Session:
             }
         )
         blocks = {layer: block for block, members in space.members.items() for layer in members}
-        bounds = {} if fp32 is None else self._bounds(fp32)
-        self._study.guide(Guide(effects=effects, bounds=bounds, blocks=blocks))
+        bounds, best = ({}, None) if fp32 is None else (self._bounds(fp32), fp32.accuracy)
+        self._study.guide(Guide(effects=effects, bounds=bounds, best_accuracy=best, blocks=blocks))
 
     def _bounds(self, fp32: Score) -> dict[str, float]:
         """The worst of each objective that is of use, relaxed by what a recovery may bring back."""

@@ -24,7 +24,7 @@ MOST_CHANGED = 4  # variables that a mutation changes
 NEIGHBOUR = 0.7  # of the changes of a number are to the next one
 FEWEST_TRIALS = 6  # before, a crossing of what is known is as good a guess
 LOGARITHMIC = {"latency", "size", "memory", "energy"}
-BEYOND = 1.5  # losses are cut off at so many times what separates the reference from the best
+SCALE = 0.1  # of an accuracy's loss, beyond which its logarithm counts, where no bound gives one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +34,13 @@ class Guide:
     Attributes:
         effects: by variable and choice as text, the change of the outputs and of the latency.
         bounds: by objective, the worst value that is of any use; the front is sought within.
+        best_accuracy: of the original; losses are counted from there.
         blocks: by layer, the block whose precision it takes over.
     """
 
     effects: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
+    best_accuracy: float | None = None
     blocks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -123,12 +125,26 @@ class SurrogateSampler(BaseSampler):
         for k, name in enumerate(self._objectives):
             if name in LOGARITHMIC:
                 losses[:, k] = np.log(np.maximum(losses[:, k], 1e-12))
+            else:
+                losses[:, k] = self._bent(losses[:, k])
         rows = self._encoding.rows([t.params for t in new])
         self._values += [dict(t.params) for t in new]
         self._feasible += [all(value <= 0 for value in (t.constraints or {}).values()) for t in new]
         self._rows = np.vstack([self._rows, rows])
         self._losses = np.vstack([self._losses, losses])
-        self._additive.learn(rows, self._cut_off(losses))
+        self._additive.learn(rows, losses)
+
+    def _scale(self) -> float:
+        """The loss of accuracy that matters: twice as much as that is not twice as bad."""
+        best = self._guide.best_accuracy
+        bound = self._guide.bounds.get("accuracy")
+        return SCALE if best is None or bound is None else max(best - bound, 1e-6)
+
+    def _bent(self, loss: Any) -> Any:
+        """Accuracy's loss, negated accuracy, on a scale that is even for small losses and slow for large ones."""
+        scale = self._scale()
+        lost = loss + (self._guide.best_accuracy or 0.0)
+        return np.sign(lost) * scale * np.log1p(np.abs(lost) / scale)
 
     def _reference(self) -> Array:
         """The worst of what is of use, of each objective: as the bounds say, or the worst known."""
@@ -136,15 +152,8 @@ class SurrogateSampler(BaseSampler):
         for k, name in enumerate(self._objectives):
             if name in self._guide.bounds:
                 bound = self._guide.bounds[name]
-                worst[k] = np.log(max(bound, 1e-12)) if name in LOGARITHMIC else -bound
+                worst[k] = np.log(max(bound, 1e-12)) if name in LOGARITHMIC else self._bent(-bound)
         found: Array = worst
-        return found
-
-    def _cut_off(self, losses: Array) -> Array:
-        """Losses far beyond the reference say no more than that they are: a model that guesses is not twice as bad."""
-        reference = self._reference()
-        best = self._losses.min(0)
-        found: Array = np.minimum(losses, best + BEYOND * np.maximum(reference - best, 1e-9))
         return found
 
     def _rank(self) -> list[dict[str, Choice]]:
@@ -165,7 +174,7 @@ class SurrogateSampler(BaseSampler):
         return [candidates[chosen[i]] for i in np.argsort(gains, kind="stable")]
 
     def _gains(self, rows: NDArray[np.intp]) -> Array:
-        losses, reference = self._cut_off(self._losses), self._reference()
+        losses, reference = self._losses, self._reference()
         some = nearest(losses, NEAREST)
         process = Process(self._rows[some], losses[some] - self._additive.predict(self._rows[some]))
         believed = process.predict(rows)
@@ -233,17 +242,13 @@ class SurrogateSampler(BaseSampler):
 
     def _policies(self) -> list[dict[str, Choice]]:
         """What the sum of single choices thinks best, for as many weights of the objectives."""
-        losses = self._cut_off(self._losses)
-        unit = np.maximum(np.ptp(losses, axis=0), 1e-9)
+        unit = np.maximum(self._reference() - self._losses.min(0), 1e-9)
         base = self._parents()
+        around = self._encoding.rows(base)
         found = []
         for weight in self._rng.dirichlet(np.ones(len(self._objectives)), POLICIES):
             values = dict(base[int(self._rng.integers(len(base)))])
-            scored = self._additive.coefficients[:-3] @ (weight / unit)
-            # The two sums of effects are of single choices as well.
-            scored += self._additive.summed @ (self._additive.coefficients[-3:-1] @ (weight / unit))
-            values |= self._encoding.best(scored)
-            found.append(values)
+            found.append(values | self._encoding.best(self._additive.single(weight / unit, around)))
         return found
 
     def _shuffled(self, candidates: list[dict[str, Choice]]) -> list[dict[str, Choice]]:

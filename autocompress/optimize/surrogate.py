@@ -18,7 +18,9 @@ Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
 RIDGE = 0.3  # a choice that was seen once counts for three quarters of what it seems to do
-PRIOR_RIDGE = 0.02  # the two sums of effects are not shrunk as much: one coefficient has to learn their scale
+PRIOR_RIDGE = 0.02  # the sums of effects are not shrunk as much: a few coefficients have to learn their scale
+SCALES = (0.003, 0.03)  # of the sum of all losses, around which accuracy may give way
+LEAST_SHARE = 0.05  # of the latency is left at least, whatever the sum of effects says
 NEAREST = 160  # trials that the process is of
 LENGTHS = (1.0, 3.0, 10.0)  # of the kernel, in variables that differ
 NOISES = (0.05, 0.5)  # share of the residuals' variance that no variable explains
@@ -100,26 +102,30 @@ class Encoding:
 
 
 class Additive:
-    """Ridge regression on single choices, brought up to date with each trial.
+    """Ridge regression on single choices and sums of effects, brought up to date with each trial.
 
     Attributes:
-        coefficients: `[columns + 3, objectives]`: of choices, of the two sums of effects, and the constant.
-        summed: `[columns, 2]`: the effects of each choice, in units of all of them together.
+        coefficients: `[columns + dense, objectives]`.
+        effects: `[columns, 2]`: loss of each choice, all of them together being 1, and change of latency.
     """
 
     def __init__(self, encoding: Encoding, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
-        self.summed = encoding.summed(effects)
-        top = np.abs(self.summed).sum(0)
-        self.summed = self.summed / np.where(top > 0, top, 1.0)
-        size = encoding.size + 3
+        self.effects = encoding.summed(effects)
+        self.effects[:, 0] /= max(float(self.effects[:, 0].sum()), 1e-12)
+        self._columns = encoding.size
+        size = encoding.size + len(self.dense(np.zeros((1, 0), np.intp))[0])
         self._gram = np.zeros((size, size))
         self._slope: Array | None = None
+        self._penalty = np.full(size, PRIOR_RIDGE)
+        self._penalty[: encoding.size], self._penalty[-1] = RIDGE, 1e-6
         self.coefficients: Array = np.zeros((size, 0))
 
     def dense(self, rows: Rows) -> Array:
-        """The features that are not one-hot, `[rows, 3]`."""
-        sums = self.summed[rows].sum(1)
-        return np.column_stack([sums, np.ones(len(rows))])
+        """The features that are not one-hot: how accuracy and latency follow sums of effects, and the constant."""
+        loss, cost = self.effects[rows].sum(1).T
+        bent = [np.log1p(loss / scale) for scale in SCALES]
+        left = np.log(np.maximum(1 + cost, LEAST_SHARE))
+        return np.column_stack([loss, *bent, left, np.ones(len(rows))])
 
     def learn(self, rows: Rows, losses: Array) -> None:
         """Take up trials, `[trials, variables]` and `[trials, objectives]`."""
@@ -128,20 +134,27 @@ class Additive:
         features = self._features(rows)
         self._gram += features.T @ features
         self._slope += features.T @ losses
-        penalty = np.full(len(self._gram), RIDGE)
-        penalty[-3:] = (PRIOR_RIDGE, PRIOR_RIDGE, 1e-6)
-        self.coefficients = np.linalg.solve(self._gram + np.diag(penalty), self._slope).astype(np.float64)
+        self.coefficients = np.linalg.solve(self._gram + np.diag(self._penalty), self._slope).astype(np.float64)
 
     def predict(self, rows: Rows) -> Array:
         """`[rows, objectives]`."""
-        own = self.coefficients[:-3][rows].sum(1)
-        found: Array = own + self.dense(rows) @ self.coefficients[-3:]
+        own = self.coefficients[: self._columns][rows].sum(1)
+        found: Array = own + self.dense(rows) @ self.coefficients[self._columns :]
+        return found
+
+    def single(self, weights: Array, around: Rows) -> Array:
+        """What each choice adds to the weighted objectives, near the candidates `around`, `[columns]`."""
+        slopes = self.coefficients[self._columns :] @ weights
+        loss, cost = self.effects[around].sum(1).mean(0)
+        of_loss = slopes[0] + sum(s / (scale + loss) for s, scale in zip(slopes[1:], SCALES, strict=False))
+        of_cost = slopes[1 + len(SCALES)] / max(1 + cost, LEAST_SHARE)
+        found: Array = self.coefficients[: self._columns] @ weights + self.effects @ np.array([of_loss, of_cost])
         return found
 
     def _features(self, rows: Rows) -> Array:
         found = np.zeros((len(rows), len(self._gram)))
         found[np.arange(len(rows))[:, None], rows] = 1.0
-        found[:, -3:] = self.dense(rows)
+        found[:, self._columns :] = self.dense(rows)
         return found
 
 
