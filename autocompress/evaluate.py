@@ -1,20 +1,19 @@
 """One candidate → one Score or Failure: build the file, score it in its runtime, time it on its device."""
 
 import dataclasses
-import statistics
-import tempfile
+import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocompress.accuracies import Accuracies, Accuracy
 from autocompress.build import Builder, Built, Stopwatch, exporter_of
 from autocompress.core.artifact import Artifact
 from autocompress.core.candidate import Candidate
 from autocompress.core.errors import StageError
 from autocompress.core.front import Rival
-from autocompress.core.measurement import Interval, Measurement
+from autocompress.core.measurement import Measurement
 from autocompress.core.probe import paying
 from autocompress.core.profile import Profile
 from autocompress.core.recipe import Train
@@ -22,16 +21,16 @@ from autocompress.core.sensitivity import Sensitivity
 from autocompress.core.space import Space, SpaceRules, Structure, with_stages_that_pay
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.device.hosts import Host
+from autocompress.finals import finalised
+from autocompress.latencies import Latencies, Latency
+from autocompress.meters import NOT_IN_SEARCH, read_meters
 from autocompress.place import fitted
 from autocompress.probe import payoff_of, subject_of
 from autocompress.progress import Progress, Training
 
 if TYPE_CHECKING:
     from autocompress.run import Run
-    from autocompress.scoring import PairedBootstrap
     from autocompress.task import CheckedTask
-
-NOT_IN_SEARCH = "measured for the finished front only"
 
 
 class Evaluator:
@@ -69,13 +68,11 @@ class Evaluator:
         self.space: Space = with_stages_that_pay(space if payoff is None else paying(space, payoff))
         self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
         self._with_energy = "energy" in run.config.objectives
-        self._items = len(task.split("validation"))
         self._written: set[str] = set()
-        self._bootstrap: PairedBootstrap | None = None
         self._reference: Artifact | None = None
         self._reference_ms: float | None = None
-        self._latency: dict[str, _Latency] = {}
-        self._accuracy: dict[str, dict[str, Any]] = {}
+        self._latencies = Latencies()
+        self._accuracies = Accuracies(task, host, self._inputs)
         run.log(
             "model",
             float_difference=self._builder.float_difference,
@@ -134,25 +131,26 @@ class Evaluator:
             made.append(built.artifact)
             if role == "fp32":
                 self._reference = built.artifact
-            figures = self._accuracy_of(built.artifact, watch)
-            if role == "candidate" and (why := self._against(built, figures["accuracy"])) is not None:
+            race = rivals if built.candidate.recipe.last_gate is None else ()
+            latency_of = functools.partial(self._latency_of, watch=watch, measured=measured)
+            early = latency_of(built.artifact, built.candidate, role) if race else None
+            accuracy = self._accuracy_of(built.artifact, watch, early, race)
+            if role == "candidate" and (why := self._against(built, accuracy.value)) is not None:
                 built = self._builder.build(candidate, watch, fallback=True)
                 built = dataclasses.replace(built, notes=(*built.notes, why))
-                made[0], figures = built.artifact, self._accuracy_of(built.artifact, watch)
+                made[0], accuracy = built.artifact, self._accuracy_of(built.artifact, watch)
             candidate, notes = built.candidate, built.notes
-            key = self._latency_key(candidate, role)
-            if key not in self._latency:
-                measured.append(self._measure(made[0], watch))
-                executed, diagnosis = self._executed(made[0], watch)
-                if role == "fp32":
-                    self._reference_ms = measured[0].reference_ms
-                self._latency[key] = _Latency.of(measured[0], executed, diagnosis)
-            else:
-                latency_from = self._latency[key].artifact
-            meters = self._meters(made[0], watch, memory=self._with_memory, energy=self._with_energy)
-            meters["reasons"] |= figures.pop("reasons")
-            figures |= meters
-            outcome = self._score(made[0], self._latency[key], figures)
+            key = early or latency_of(made[0], candidate, role)
+            if rivals and accuracy.items is None:
+                again = functools.partial(self._measure, made[0], watch)
+                if self._latencies.race(key, accuracy.value, rivals, again):
+                    measured.append(self._latencies[key].measurement)
+            latency = self._latencies[key]
+            inputs = self._inputs("validation")
+            memory, energy = self._with_memory, self._with_energy
+            meters = read_meters(self._host, made[0], inputs, memory=memory, energy=energy, watch=watch)
+            outcome = self._score(made[0], latency, accuracy, meters)
+            latency_from = None if measured else latency.artifact
         except StageError as error:
             cause = error.__cause__ or error
             outcome = Failure(stage=error.stage, error=type(cause).__name__, message=str(error))
@@ -162,7 +160,7 @@ class Evaluator:
             candidate=candidate,
             outcome=outcome,
             artifact=self._relative(made[0]) if made else None,
-            measurement=measured[0] if measured else None,
+            measurement=measured[-1] if measured else None,
             latency_from=latency_from,
             seconds=dict(watch.seconds),
             notes=notes,
@@ -178,7 +176,7 @@ class Evaluator:
         stage = built.candidate.recipe.last_gate
         if stage is None or stage.gate is None or not built.candidate.has_bits:
             return None
-        lost = 100 * (self._accuracy[self._known_reference().key]["accuracy"] - accuracy)
+        lost = 100 * (self._accuracies.known(self._known_reference()).value - accuracy)
         if lost <= stage.gate:
             return None
         return f"stage {stage.name!r} was undone: its file lost {lost:.2f} points, the limit is {stage.gate:g}"
@@ -191,114 +189,15 @@ class Evaluator:
         Raises:
             StageError: fp32 fails.
         """
-        from autocompress.remeasure import measure_usable
-
-        reference = self._artifact_of(next(t for t in trials if t.role == "fp32"))
-        artifacts = {t.number: self._artifact_of(t) for t in trials if t.score is not None}
-        again, failed = measure_usable(
-            self._host, reference, artifacts, self._inputs("validation"), self._profile.measure.processes
+        return finalised(
+            trials,
+            artifacts={t.number: self._artifact_of(t) for t in trials if t.score is not None},
+            accuracies=self._accuracies,
+            host=self._host,
+            inputs=self._inputs("validation"),
+            processes=self._profile.measure.processes,
+            dropped=lambda number, why: self._run.log("dropped", number=number, message=why),
         )
-        reference_ms = statistics.median(m.reference_ms for m in again.values())
-        finished = []
-        for trial in (t for t in trials if t.number in again):
-            try:
-                finished.append(self._finished(trial, artifacts[trial.number], again[trial.number], reference_ms))
-            except StageError as error:
-                if trial.role == "fp32":
-                    raise
-                failed[trial.number] = f"{error.stage}: {error}"
-        for number, why in failed.items():
-            self._run.log("dropped", number=number, message=why)
-        return finished
-
-    def _finished(self, trial: Trial, artifact: Artifact, measurement: Measurement, reference_ms: float) -> Trial:
-        score = trial.score
-        assert score is not None
-        try:
-            figures = self._meters(artifact, Stopwatch(), memory=True, energy=True)
-        except StageError as error:  # it has just been measured: what cannot be read here is memory
-            figures = self._meters(artifact, Stopwatch(), memory=False, energy=True)
-            figures["reasons"]["peak_memory_bytes"] = str(error)
-        tested = self._test_accuracy(artifact)
-        again = {name: why for name, why in score.reasons.items() if name in ("accuracy", "accuracy_ci", "executed")}
-        low, high = measurement.ratio_ci
-        return dataclasses.replace(
-            trial,
-            measurement=measurement,
-            latency_from=None,
-            outcome=dataclasses.replace(
-                score,
-                latency_ms=measurement.ratio * reference_ms,
-                latency_ms_ci=(low * reference_ms, high * reference_ms),
-                ratio=measurement.ratio,
-                ratio_ci=measurement.ratio_ci,
-                peak_memory_bytes=figures["peak_memory_bytes"],
-                energy_mj=figures["energy_mj"],
-                test_accuracy=tested[0],
-                reasons=again | figures["reasons"] | tested[1],
-            ),
-        )
-
-    def _test_accuracy(self, artifact: Artifact) -> tuple[float | None, dict[str, str]]:
-        if "test" not in self._task.splits:
-            return None, {"test_accuracy": "the task has no test split"}
-        outputs = self._task.unflatten(self._outputs(artifact, "test"))
-        return self._task.metric(outputs, self._task.targets("test")), {}
-
-    def _meters(self, artifact: Artifact, watch: Stopwatch, *, memory: bool, energy: bool) -> dict[str, Any]:
-        """Peak memory and energy, each a number or None with its reason."""
-        figures: dict[str, Any] = {"peak_memory_bytes": None, "energy_mj": None, "reasons": {}}
-        inputs = self._inputs("validation")
-        if memory:
-            with watch("memory"):
-                figures["peak_memory_bytes"] = self._host.peak_memory(artifact, inputs)
-        else:
-            figures["reasons"]["peak_memory_bytes"] = f"{NOT_IN_SEARCH}, unless memory is an objective or limited"
-        if energy:
-            with watch("energy"):
-                found = self._host.energy(artifact, inputs)
-            if isinstance(found, str):
-                figures["reasons"]["energy_mj"] = found
-            else:
-                figures["energy_mj"] = found
-        else:
-            figures["reasons"]["energy_mj"] = f"{NOT_IN_SEARCH}, unless energy is an objective"
-        return figures
-
-    def _accuracy_of(self, artifact: Artifact, watch: Stopwatch) -> dict[str, Any]:
-        """Accuracy of a file over validation with its interval; not computed twice for the same bytes."""
-        if artifact.key not in self._accuracy:
-            with watch("score"):
-                outputs = self._task.unflatten(self._outputs(artifact, "validation"))
-                accuracy = self._task.metric(outputs, self._task.targets("validation"))
-            with watch("interval"):
-                bootstrap = self._paired(artifact, outputs)
-                interval = bootstrap.interval(outputs)
-            reasons = dict(self._host.reasons)
-            if bootstrap.reason is not None:
-                reasons["accuracy_ci"] = bootstrap.reason
-            self._accuracy[artifact.key] = {"accuracy": accuracy, "accuracy_ci": interval, "reasons": reasons}
-        return dict(self._accuracy[artifact.key])
-
-    def _paired(self, artifact: Artifact, outputs: Any) -> "PairedBootstrap":
-        from autocompress.scoring import PairedBootstrap
-
-        if self._bootstrap is None:
-            reference = self._known_reference()
-            same = reference.key == artifact.key
-            kept = outputs if same else self._task.unflatten(self._outputs(reference, "validation"))
-            self._bootstrap = PairedBootstrap(
-                self._task.metric, kept, self._task.targets("validation"), self._items, self._task.by_item
-            )
-        return self._bootstrap
-
-    def _outputs(self, artifact: Artifact, split: str) -> Mapping[str, Any]:
-        """Outputs of a file over a split, by its runtime, in memory."""
-        from autocompress.scoring import read_outputs
-
-        with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-            self._host.outputs(artifact, self._inputs(split), Path(folder))
-            return read_outputs(Path(folder), self._task.outputs.names)
 
     def _measure(self, artifact: Artifact, watch: Stopwatch) -> Measurement:
         with watch("measure"):
@@ -320,23 +219,44 @@ class Evaluator:
             return role
         return candidate.kernel_key if self._profile.runtime == "onnxruntime" else candidate.precision_key
 
-    def _score(self, artifact: Artifact, latency: "_Latency", figures: Mapping[str, Any]) -> Score:
+    def _latency_of(
+        self, artifact: Artifact, candidate: Candidate, role: Role, *, watch: Stopwatch, measured: list[Measurement]
+    ) -> str:
+        """The key of a file's latency, which is known then; `measured` has it where it was not before."""
+        key = self._latency_key(candidate, role)
+        if key not in self._latencies:
+            measured.append(self._measure(artifact, watch))
+            executed, diagnosis = self._executed(artifact, watch)
+            if role == "fp32":
+                self._reference_ms = measured[0].reference_ms
+            self._latencies.take_up(key, Latency(parts=(measured[0],), executed=executed, diagnosis=diagnosis))
+        return key
+
+    def _accuracy_of(
+        self, artifact: Artifact, watch: Stopwatch, key: str | None = None, rivals: Sequence[Rival] = ()
+    ) -> Accuracy:
+        """Accuracy of a file; with the key of its latency, no further than its rivals make it worth while."""
+        interval = None if key is None else self._latencies[key].ratio_ci
+        return self._accuracies.of(artifact, self._known_reference(), watch, ratio_ci=interval, rivals=rivals)
+
+    def _score(self, artifact: Artifact, latency: Latency, accuracy: Accuracy, meters: Mapping[str, Any]) -> Score:
         if self._reference_ms is None:
             raise StageError("measure", "fp32 was not measured, there is nothing to relate a latency to")
-        reasons = {"test_accuracy": NOT_IN_SEARCH, **figures["reasons"]}
+        reasons = {"test_accuracy": NOT_IN_SEARCH, **accuracy.reasons, **meters["reasons"]}
         if latency.executed is None:
             reasons["executed"] = "the runtime does not tell"
         low, high = latency.ratio_ci
         return Score(
-            accuracy=figures["accuracy"],
+            accuracy=accuracy.value,
+            items=accuracy.items,
             latency_ms=latency.ratio * self._reference_ms,
             latency_ms_ci=(low * self._reference_ms, high * self._reference_ms),
             ratio=latency.ratio,
             ratio_ci=latency.ratio_ci,
             size_bytes=artifact.size_bytes,
-            accuracy_ci=figures["accuracy_ci"],
-            peak_memory_bytes=figures["peak_memory_bytes"],
-            energy_mj=figures["energy_mj"],
+            accuracy_ci=accuracy.interval,
+            peak_memory_bytes=meters["peak_memory_bytes"],
+            energy_mj=meters["energy_mj"],
             executed=latency.executed,
             diagnosis=latency.diagnosis,
             reasons=reasons,
@@ -370,15 +290,11 @@ class Evaluator:
         if trial.role == "fp32" and trial.measurement is not None:
             self._reference, self._reference_ms = self._artifact_of(trial), trial.measurement.reference_ms
         reasons = {name: why for name, why in score.reasons.items() if name in ("accuracy", "accuracy_ci")}
-        self._accuracy.setdefault(
-            trial.artifact.key,
-            {"accuracy": score.accuracy, "accuracy_ci": score.accuracy_ci, "reasons": reasons},
-        )
+        known = Accuracy(value=score.accuracy, interval=score.accuracy_ci, items=score.items, reasons=reasons)
+        self._accuracies.take_up(trial.artifact, known)
         if trial.measurement is not None:
-            self._latency.setdefault(
-                self._latency_key(trial.candidate, trial.role),
-                _Latency.of(trial.measurement, score.executed, score.diagnosis),
-            )
+            latency = Latency(parts=(trial.measurement,), executed=score.executed, diagnosis=score.diagnosis)
+            self._latencies.take_up(self._latency_key(trial.candidate, trial.role), latency)
 
 
 def _by_layer(found: Mapping[str, str], names: set[str]) -> dict[str, str]:
@@ -390,26 +306,3 @@ def _by_layer(found: Mapping[str, str], names: set[str]) -> dict[str, str]:
         if layer is not None:
             by_layer.setdefault(layer, []).append(what)
     return {layer: " and ".join(dict.fromkeys(ran)) for layer, ran in by_layer.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Latency:
-    """What files of equal kernels share; `artifact` is the sha256 of the one that was measured."""
-
-    artifact: str
-    ratio: float
-    ratio_ci: Interval
-    executed: Mapping[str, str] | None
-    diagnosis: Mapping[str, str]
-
-    @classmethod
-    def of(
-        cls, measurement: Measurement, executed: Mapping[str, str] | None, diagnosis: Mapping[str, str]
-    ) -> "_Latency":
-        return cls(
-            artifact=measurement.artifact_sha256,
-            ratio=measurement.ratio,
-            ratio_ci=measurement.ratio_ci,
-            executed=executed,
-            diagnosis=diagnosis,
-        )

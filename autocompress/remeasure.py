@@ -142,11 +142,6 @@ class Scorer:
             return read_outputs(Path(out), names)
 
 
-def overlap(one: Interval, other: Interval) -> bool:
-    """Whether two intervals have a point in common."""
-    return one[0] <= other[1] and other[0] <= one[1]
-
-
 def changed(facts: Mapping[str, tuple[str | None, str | None]]) -> str:
     """Changed facts of a machine in one line."""
     return "; ".join(f"{name}: {before or 'unknown'} → {now or 'unknown'}" for name, (before, now) in facts.items())

@@ -10,10 +10,10 @@ import numpy as np
 from autocompress.cascade import mixed_rows
 from autocompress.core.cascade import LARGE, files_of
 from autocompress.core.errors import StageError, TaskError, VerifyError
-from autocompress.core.measurement import Interval, merge
+from autocompress.core.measurement import Interval, merge, overlap
 from autocompress.device.hosts import Host, open_host
 from autocompress.package import Arrays, Package, read_package
-from autocompress.remeasure import Progress, Scorer, changed, open_task, overlap, rounds, silent
+from autocompress.remeasure import Progress, Scorer, changed, open_task, rounds, silent
 
 # Integer kernels of another processor round some products otherwise; a changed model differs by far more.
 OUTPUT_TOLERANCE = 0.02

@@ -245,6 +245,9 @@ def hypervolume(losses: NDArray[np.float64], reference: NDArray[np.float64]) -> 
 
 
 def _losses(score: Score, axes: Sequence[Objective]) -> list[float] | None:
+    """None where a figure is missing, or is of a part of the items."""
+    if score.items is not None:
+        return None
     values = [o.value(score) for o in axes]
     if any(v is None for v in values):
         return None

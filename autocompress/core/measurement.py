@@ -213,3 +213,8 @@ def _trimmed(n: int) -> int:
 def separated(fast: Interval, slow: Interval) -> bool:
     """Whether `fast` lies wholly below `slow`: only then is one called faster than the other."""
     return fast[1] < slow[0]
+
+
+def overlap(one: Interval, other: Interval) -> bool:
+    """Whether two intervals have a point in common."""
+    return one[0] <= other[1] and other[0] <= one[1]
