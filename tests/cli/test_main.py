@@ -161,9 +161,12 @@ def test_what_is_no_host_is_bad_usage(capsys: Capture, host: str) -> None:
     assert f"a host is 'local', 'ssh:user@host[:port]' or 'adb:SERIAL', got {host!r}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["reprofile", "run", "--research", "5"]])
-def test_what_a_later_version_brings_is_refused_in_a_sentence(capsys: Capture, words: list[str]) -> None:
-    assert "not in this version" in fails(capsys, 2, *words)
+def test_research_needs_a_run_and_a_number_of_trials(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert "is a package: --research needs the run it was picked from" in fails(
+        capsys, 2, "reprofile", str(tmp_path), "--research", "5"
+    )
+    assert "--research must be at least 0 trials, got -1" in fails(capsys, 2, "reprofile", "run", "--research", "-1")
 
 
 def test_an_unexpected_error_is_one_line_that_says_how_to_see_more(

@@ -155,7 +155,7 @@ def test_a_duplicate_told_twice_is_kept_twice_and_harmless(make: Make) -> None:
 
 def test_enqueued_values_come_first_and_become_parents(make: Make, url: str) -> None:
     """With Optuna's own sampler they would have no generation, and never enter a population."""
-    study, space = make(population=4), scripted.space()
+    study, space = make(sampler="nsga2", population=4), scripted.space()
     wanted = [space.uniform("w8a8", ratio) for ratio in (1.0, 0.75, 0.5, 0.25)]
     for values in wanted:
         study.enqueue(values)
@@ -185,7 +185,7 @@ def test_enqueue_refuses_what_is_no_choice(make: Make) -> None:
 
 def test_the_first_generation_is_bred_from_the_seeds(make: Make, url: str) -> None:
     """Not drawn at random: a child shares nearly all its values with the two seeds."""
-    study, space = make(population=40), scripted.space()
+    study, space = make(sampler="nsga2", population=40), scripted.space()
     seeds = [space.uniform("w8a8", 1.0), space.uniform("fp32", 0.5)]
     for values in seeds:
         study.enqueue(values)
@@ -198,18 +198,18 @@ def test_the_first_generation_is_bred_from_the_seeds(make: Make, url: str) -> No
 
 def test_generations_go_on_in_another_process(make: Make, url: str) -> None:
     """A study opened again takes generation and parents from the record."""
-    first = make(population=4)
+    first = make(sampler="nsga2", population=4)
     for _ in range(6):
         step(first)
     first.close()
-    second = make(population=4)
+    second = make(sampler="nsga2", population=4)
     for _ in range(7):
         step(second)
     assert [t.system_attrs[generation_key()] for t in record(url)] == [0] * 4 + [1] * 4 + [2] * 4 + [3]
 
 
 def test_a_plain_optuna_sampler_carries_the_record_on(make: Make, url: str) -> None:
-    study = make(population=4)
+    study = make(sampler="nsga2", population=4)
     for _ in range(5):
         step(study)
     plain = optuna.load_study(
