@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch's threads wait for each other by spinning, which beside a busy program made a forward pass 3.3 times
     # slower; read when OpenMP is loaded, so it is said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # numpy's matrices are small here, and its threads spin as well.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         args = build_parser().parse_args(argv)
         return int(args.run(args) or 0)

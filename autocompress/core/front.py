@@ -212,13 +212,26 @@ def point_json(trial: Trial, front: Front) -> dict[str, Any]:
 
 
 def nondominated(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows of (n, objectives) no other row dominates, all minimised; of equal rows the first is kept."""
-    keep = np.ones(len(losses), bool)
-    for i, row in enumerate(losses):
-        no_worse = (losses <= row).all(1)
-        better = no_worse & (losses < row).any(1)
-        equal_before = no_worse[:i] & (losses[:i] == row).all(1)
-        keep[i] = not better.any() and not equal_before.any()
+    """Which rows of (n, objectives) no other row dominates, all minimised; of equal rows the first is kept.
+
+    In lexicographic order what dominates a row comes before it, and so does an equal row that is kept.
+    """
+    keep = np.zeros(len(losses), bool)
+    if len(losses) == 0:
+        return keep
+    order = np.lexsort([np.arange(len(losses)), *losses.T[::-1]])
+    ordered = losses[order]
+    if losses.shape[1] == 2:
+        lowest = np.minimum.accumulate(ordered[:, 1])
+        keep[order] = ordered[:, 1] < np.concatenate([[np.inf], lowest[:-1]])
+        return keep
+    kept = np.empty_like(ordered)
+    count = 0
+    for place, row in zip(order, ordered, strict=True):
+        if not (kept[:count] <= row).all(1).any():
+            kept[count] = row
+            count += 1
+            keep[place] = True
     return keep
 
 

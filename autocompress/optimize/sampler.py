@@ -19,7 +19,7 @@ from autocompress.core.front import nondominated
 from autocompress.core.space import Choice, Values
 from autocompress.optimize.surrogate import NEAREST, Additive, Array, Encoding, Process, expected_gain, nearest
 
-MUTATIONS, CROSSINGS, POLICIES = 112, 64, 24  # candidates of each kind that are looked at
+MUTATIONS, CROSSINGS, POLICIES = 96, 48, 16  # candidates of each kind that are looked at
 MOST_CHANGED = 4  # variables that a mutation changes
 NEIGHBOUR = 0.7  # of the changes of a number are to the next one
 FEWEST_TRIALS = 6  # before, a crossing of what is known is as good a guess
@@ -82,6 +82,7 @@ class SurrogateSampler(BaseSampler):
         self._feasible: list[bool] = []
         self._values: list[dict[str, Choice]] = []
         self._learned: set[int] = set()
+        self._known: set[bytes] = set()
         self._ranked_at = -1
 
     def infer_relative_search_space(
@@ -128,6 +129,7 @@ class SurrogateSampler(BaseSampler):
             else:
                 losses[:, k] = self._bent(losses[:, k])
         rows = self._encoding.rows([t.params for t in new])
+        self._known.update(row.tobytes() for row in rows)
         self._values += [dict(t.params) for t in new]
         self._feasible += [all(value <= 0 for value in (t.constraints or {}).values()) for t in new]
         self._rows = np.vstack([self._rows, rows])
@@ -164,9 +166,8 @@ class SurrogateSampler(BaseSampler):
         candidates = self._mutations(parents, MUTATIONS) + self._crossings(parents, CROSSINGS)
         policies = self._policies()
         candidates += policies + self._mutations(policies, POLICIES)
-        known = {tuple(row) for row in self._rows.tolist()}
         rows = self._encoding.rows(candidates)
-        fresh = {tuple(row): i for i, row in enumerate(rows.tolist()) if tuple(row) not in known}
+        fresh = {key: i for i, row in enumerate(rows) if (key := row.tobytes()) not in self._known}
         if not fresh:
             return self._shuffled(candidates)
         chosen = list(fresh.values())
@@ -211,8 +212,8 @@ class SurrogateSampler(BaseSampler):
         found = []
         for i in range(count):
             values = dict(parents[i % len(parents)])
-            changed = min(1 + int(self._rng.geometric(0.5)) - 1, MOST_CHANGED, len(names)) or 1
-            for j in self._rng.choice(len(names), changed, replace=False):
+            changed = min(int(self._rng.geometric(0.5)), MOST_CHANGED)
+            for j in self._rng.integers(len(names), size=changed).tolist():
                 values[names[j]] = self._other(names[j], values[names[j]])
             found.append(values)
         return found

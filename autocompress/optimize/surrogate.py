@@ -21,7 +21,7 @@ RIDGE = 0.3  # a choice that was seen once counts for three quarters of what it 
 PRIOR_RIDGE = 0.02  # the sums of effects are not shrunk as much: a few coefficients have to learn their scale
 SCALES = (0.003, 0.03)  # of the sum of all losses, around which accuracy may give way
 LEAST_SHARE = 0.05  # of the latency is left at least, whatever the sum of effects says
-NEAREST = 160  # trials that the process is of
+NEAREST = 128  # trials that the process is of
 LENGTHS = (1.0, 3.0, 10.0)  # of the kernel, in variables that differ
 NOISES = (0.05, 0.5)  # share of the residuals' variance that no variable explains
 WIDEST_FRONT = 24  # points that boxes are made of with four objectives and more
@@ -55,7 +55,9 @@ class Encoding:
             if name in self._of_block:
                 own += [c for c in self.variables[self._of_block[name]] if c not in own]
             self._columns[name] = {choice: i for i, choice in enumerate(own)}
+        self._choices = {name: list(known) for name, known in self._columns.items()}
         sizes = [len(own) for own in self._columns.values()]
+        self._places = np.arange(max(sizes, default=0)) < np.array(sizes, np.intp)[:, None]
         self.starts: Rows = np.concatenate([[0], np.cumsum(sizes)]).astype(np.intp)
 
     def _covered(self, blocks: Mapping[str, str]) -> set[str]:
@@ -74,21 +76,26 @@ class Encoding:
         """For each of `many`, the one-hot column of each variable, `[many, variables]`."""
         found = np.empty((len(many), len(self._columns)), np.intp)
         for j, (name, known) in enumerate(self._columns.items()):
-            block = self._of_block.get(name)
-            for i, values in enumerate(many):
-                value = values.get(name, self.variables[name][0])
-                if block is not None and value == INHERIT:
-                    value = values.get(block, self.variables[block][0])
-                found[i, j] = known.get(value, 0)
+            first, block = self.variables[name][0], self._of_block.get(name)
+            if block is None:
+                found[:, j] = [known.get(values.get(name, first), 0) for values in many]
+                continue
+            fallback = self.variables[block][0]
+            own = (values.get(name, first) for values in many)
+            found[:, j] = [
+                known.get(values.get(block, fallback) if value == INHERIT else value, 0)
+                for value, values in zip(own, many, strict=True)
+            ]
         return found + self.starts[:-1]
 
     def best(self, scores: Array) -> dict[str, Choice]:
         """For each variable the choice whose column has the lowest of `scores`, `[columns]`."""
+        padded = np.full(self._places.shape, np.inf)
+        padded[self._places] = scores
+        chosen = np.argmin(padded, axis=1).tolist()
         found: dict[str, Choice] = {}
-        for j, (name, known) in enumerate(self._columns.items()):
-            own = scores[self.starts[j] : self.starts[j + 1]]
-            choice = list(known)[int(np.argmin(own))]
-            found[name] = choice if choice in self.variables[name] else INHERIT
+        for (name, choices), i in zip(self._choices.items(), chosen, strict=True):
+            found[name] = choices[i] if choices[i] in self.variables[name] else INHERIT
         return found
 
     def summed(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> Array:
@@ -165,7 +172,8 @@ class Process:
         """`rows` `[trials, variables]`, `residuals` `[trials, objectives]`."""
         self._rows = rows
         apart = _apart(rows, rows)
-        self._fits = [self._fit(apart, residuals[:, k]) for k in range(residuals.shape[1])]
+        spectra = {length: np.linalg.eigh(np.exp(-apart / length)) for length in LENGTHS}
+        self._fits = [_likeliest(spectra, residual) for residual in residuals.T]
 
     def predict(self, rows: Rows) -> Believed:
         """Means and deviations of the residuals of other candidates."""
@@ -174,28 +182,29 @@ class Process:
         for length, variance, noise, inverse, weighted in self._fits:
             near = np.exp(-apart / length)
             means.append(near @ weighted)
-            left = 1 - np.einsum("ij,jk,ik->i", near, inverse, near, optimize=True)
+            left = 1 - ((near @ inverse) * near).sum(1)
             deviations.append(np.sqrt(variance * np.maximum(left, noise)))
         return Believed(mean=np.column_stack(means), deviation=np.column_stack(deviations))
 
-    @staticmethod
-    def _fit(apart: Array, residual: Array) -> tuple[float, float, float, Array, Array]:
-        """Length, variance, noise, inverse of the kernel and weights: the likeliest of a few."""
-        best: tuple[float, tuple[float, float, float, Array, Array]] | None = None
-        count = len(residual)
-        for length in LENGTHS:
-            kernel = np.exp(-apart / length)
-            values, vectors = np.linalg.eigh(kernel)
-            turned = vectors.T @ residual
-            for noise in NOISES:
-                spectrum = np.maximum(values, 0.0) + noise
-                variance = max(float((turned**2 / spectrum).mean()), 1e-12)
-                likelihood = -0.5 * (count * np.log(variance) + np.log(spectrum).sum())
-                if best is None or likelihood > best[0]:
-                    inverse = (vectors / spectrum) @ vectors.T
-                    best = (likelihood, (length, variance, noise, inverse, inverse @ residual))
-        assert best is not None
-        return best[1]
+
+def _likeliest(
+    spectra: Mapping[float, tuple[Array, Array]], residual: Array
+) -> tuple[float, float, float, Array, Array]:
+    """Length, variance, noise, inverse of the kernel and weights, of the length and noise that explain most."""
+    best: tuple[float, float, float, float] | None = None
+    for length, (values, vectors) in spectra.items():
+        turned = vectors.T @ residual
+        for noise in NOISES:
+            spectrum = np.maximum(values, 0.0) + noise
+            variance = max(float((turned**2 / spectrum).mean()), 1e-12)
+            likelihood = -0.5 * float(len(residual) * np.log(variance) + np.log(spectrum).sum())
+            if best is None or likelihood > best[0]:
+                best = (likelihood, length, variance, noise)
+    assert best is not None
+    _, length, variance, noise = best
+    values, vectors = spectra[length]
+    inverse = (vectors / (np.maximum(values, 0.0) + noise)) @ vectors.T
+    return length, variance, noise, inverse, inverse @ residual
 
 
 def nearest(losses: Array, count: int) -> NDArray[np.intp]:
@@ -205,6 +214,7 @@ def nearest(losses: Array, count: int) -> NDArray[np.intp]:
     span = np.ptp(losses, axis=0)
     scaled = losses / np.where(span > 0, span, 1.0)
     front = scaled[nondominated(scaled)]
+    front = front[np.linspace(0, len(front) - 1, min(len(front), WIDEST_FRONT)).astype(int)]
     missing = (scaled[:, None] - front[None]).min(2).max(1)
     return np.argsort(missing, kind="stable")[:count]
 
@@ -233,10 +243,14 @@ def expected_gain(believed: Believed, front: Array, reference: Array) -> Array:
 
 
 def _boxes(front: Array, reference: Array) -> tuple[Array, Array]:
-    """Lower and upper corners of boxes that fill what `front` does not dominate, below `reference`."""
-    if front.shape[1] == 1:
-        top = front.min() if len(front) else reference[0]
-        return np.array([[-np.inf]]), np.array([[top]])
+    """Lower and upper corners of boxes that fill what `front` does not dominate, below `reference`.
+
+    No point of `front` dominates another one, and there are two objectives at least.
+    """
+    if front.shape[1] == 2:
+        x, y = front[np.argsort(front[:, 0])].T
+        low = np.column_stack([np.concatenate([[-np.inf], x]), np.full(len(x) + 1, -np.inf)])
+        return low, np.column_stack([np.append(x, reference[0]), np.concatenate([reference[1:], y])])
     edges = np.concatenate([[-np.inf], np.unique(front[:, -1]), reference[-1:]])
     lows, highs = [], []
     for bottom, top in itertools.pairwise(edges):

@@ -1,0 +1,122 @@
+"""How long a sampler takes to propose a candidate, with many variables and a long record.
+
+The variables are those of a network of 50 layers: a precision for each of 25 blocks, an override for each layer, and
+a width for each of 75 groups. The record is made of scored trials around a front, as a search leaves them.
+
+    python benchmarks/ask.py
+
+Prints a table, writes results/ask.json, and exits with 1 where the default sampler takes longer than the limit.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from autocompress.core.candidate import Candidate
+from autocompress.core.space import Choice, Values
+from autocompress.core.trial import Score, Trial
+from autocompress.optimize.sampler import Guide
+from autocompress.optimize.study import Study
+
+LIMIT_MS = 50.0
+UNKNOWN = ("accuracy_ci", "test_accuracy", "peak_memory_bytes", "energy_mj", "executed")
+SAMPLERS = ("surrogate", "nsga2", "tpe", "random")
+
+
+def variables() -> dict[str, tuple[Choice, ...]]:
+    """150 of them."""
+    found: dict[str, tuple[Choice, ...]] = {f"precision:b{i}": ("fp32", "w8a8", "w4a8") for i in range(25)}
+    found |= {f"layer:l{i}": ("block", "fp32", "w8a8", "w4a8") for i in range(50)}
+    return found | {f"width:g{i}": (64, 48, 32, 16) for i in range(75)}
+
+
+def opened(sampler: str, path: Path) -> Study:
+    """A study on the record in a file."""
+    study = Study(
+        f"sqlite:///{path}",
+        "ask",
+        ("accuracy", "latency"),
+        variables(),
+        digest=lambda values: json.dumps(sorted(values.items())),
+        seed=0,
+        sampler=sampler,
+    )
+    blocks = {f"l{i}": f"b{i // 2}" for i in range(50)}
+    study.guide(Guide(bounds={"accuracy": 0.8, "latency": 1.0}, best_accuracy=0.9, blocks=blocks))
+    return study
+
+
+def fill(study: Study, trials: int) -> None:
+    """So many scored trials, from nearly the original to the narrowest."""
+    space, rng = variables(), np.random.default_rng(0)
+    for _ in range(trials):
+        near = rng.uniform()
+        values = {n: cs[0] if rng.uniform() < near else cs[int(rng.integers(len(cs)))] for n, cs in space.items()}
+        study.tell(trial(values), values, {})
+
+
+def trial(values: Values) -> Trial:
+    """A trial whose figures follow from its values."""
+    space = variables()
+    changed = [space[n].index(c) / (len(space[n]) - 1) for n, c in values.items()]
+    latency = 1.2 - 0.9 * float(np.mean(changed[::2]))
+    score = Score(
+        accuracy=0.9 - 0.3 * float(np.mean(changed)) ** 2,
+        latency_ms=latency,
+        latency_ms_ci=(latency, latency),
+        ratio=latency,
+        ratio_ci=(latency, latency),
+        size_bytes=1000,
+        reasons=dict.fromkeys(UNKNOWN, "made up"),
+    )
+    widths = {n: int(c) for n, c in values.items() if n.startswith("width")}  # what tells one candidate from another
+    return Trial(number=-1, role="candidate", candidate=Candidate(widths=widths), outcome=score)
+
+
+def main() -> int:
+    """Time each sampler; 1 where the limit is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=3000)
+    parser.add_argument("--asks", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ask.json")
+    given = parser.parse_args()
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.db"
+        with opened("random", record) as study:
+            fill(study, given.trials)
+        for sampler in SAMPLERS:
+            shutil.copyfile(record, path := Path(folder) / f"{sampler}.db")
+            with opened(sampler, path) as study:
+                study.ask()  # learns the whole record, once
+                times = []
+                for _ in range(given.asks if sampler != "tpe" else 3):
+                    begin = time.perf_counter()
+                    values = study.ask()
+                    times.append(1000 * (time.perf_counter() - begin))
+                    assert values is not None
+                    study.tell(trial(values), values, {})
+            rows[sampler] = {"median_ms": statistics.median(times), "most_ms": max(times), "asks": len(times)}
+            found = rows[sampler]
+            print(f"{sampler:10} median {found['median_ms']:8.1f} ms   most {found['most_ms']:8.1f} ms", flush=True)
+    result = {"trials": given.trials, "variables": len(variables()), "load": os.getloadavg()[0], "samplers": rows}
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    met = rows["surrogate"]["median_ms"] <= LIMIT_MS
+    print(f"limit {LIMIT_MS:g} ms: {'met' if met else 'missed'}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
