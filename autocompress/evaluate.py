@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from autocompress.core.recipe import Train
 from autocompress.core.sensitivity import Sensitivity
 from autocompress.core.space import Space, SpaceRules, Structure, with_stages_that_pay
 from autocompress.core.trial import Failure, Role, Score, Trial
-from autocompress.device.hosts import Host
+from autocompress.device.hosts import LOCAL, Host
+from autocompress.device.lock import wait_until_quiet
+from autocompress.device.timing import clock_name
 from autocompress.finals import finalised
 from autocompress.latencies import Latencies, Latency
 from autocompress.meters import NOT_IN_SEARCH, read_meters
@@ -60,7 +62,7 @@ class Evaluator:
             facts = asked.result().facts
         profile, lacking = fitted(profile, facts)
         self._profile = profile
-        self._builder = Builder(task, run.path, profile, Training(progress) if progress else lambda *_: None)
+        self._builder = Builder(task, run.path, profile, _told(progress, profile))
         self.structure: Structure = self._builder.structure
         space = rules.resolve(self.structure, profile, has_student=task.task.student is not None)
         space = dataclasses.replace(space, dropped={**lacking, **space.dropped})
@@ -295,6 +297,19 @@ class Evaluator:
         if trial.measurement is not None:
             latency = Latency(parts=(trial.measurement,), executed=score.executed, diagnosis=score.diagnosis)
             self._latencies.take_up(self._latency_key(trial.candidate, trial.role), latency)
+
+
+def _told(progress: Progress | None, profile: Profile) -> Callable[[str, int, int, float], None]:
+    """What a training calls after each step. Wall time on this machine is not taken while something trains on it."""
+    shown = Training(progress) if progress else lambda *_: None
+    if profile.host != LOCAL or clock_name(profile.measure) != "wall":
+        return shown
+
+    def told(what: str, step: int, steps: int, loss: float) -> None:
+        shown(what, step, steps, loss)
+        wait_until_quiet()
+
+    return told
 
 
 def _by_layer(found: Mapping[str, str], names: set[str]) -> dict[str, str]:

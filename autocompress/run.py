@@ -136,8 +136,11 @@ class Run:
         return read_trials(self.storage, self.config.study)
 
     def front(self) -> Front:
-        """The front: as measured again at the end, or, while trials are newer than that, of all trials."""
-        return Front.of(self.final() or judged(self.trials()), self.config.objectives)
+        """The front as measured again at the end, ties merged, or, while trials are newer, of those of the top rung."""
+        final = self.final()
+        if final is not None:
+            return Front.of(final, self.config.objectives).merged()
+        return Front.of(judged(self.trials()), self.config.objectives)
 
     def final(self) -> list[Trial] | None:
         """What `write_final` wrote; None where it was not, or trials were added since."""

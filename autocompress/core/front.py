@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.core.errors import InputError, NoPointError, unknown
-from autocompress.core.measurement import Interval
+from autocompress.core.measurement import Interval, overlap
 from autocompress.core.record import to_json
 from autocompress.core.trial import RUNGS, Score, Trial
 
@@ -97,12 +97,14 @@ class Front:
         points: the front.
         baselines: fp32 and uniform-int8, on the front or not.
         probability: for each trial number, the chance that it is on the front, given all intervals.
+        ties: for each point that stands for others as well, their numbers: no figure tells them apart.
     """
 
     objectives: tuple[Objective, ...]
     points: tuple[Trial, ...]
     baselines: Mapping[str, Trial]
     probability: Mapping[int, float]
+    ties: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trials: Sequence[Trial], objectives: Sequence[str] = ("accuracy", "latency")) -> "Front":
@@ -118,6 +120,23 @@ class Front:
             baselines={t.role: t for t in trials if t.role != "candidate" and t.score is not None},
             probability=_probabilities(scored, losses, axes),
         )
+
+    def merged(self) -> "Front":
+        """The front with one point for all whose intervals overlap in every objective: the likeliest of them.
+
+        Each point that goes is tied with the one it goes for. Baselines stay.
+        """
+        order = sorted(self.points, key=lambda t: (t.role == "candidate", -self.probability.get(t.number, 0), t.number))
+        kept: list[Trial] = []
+        ties: dict[int, tuple[int, ...]] = {}
+        for trial in order:
+            like = next((k for k in kept if _tied(k, trial, self.objectives)), None)
+            if like is None or trial.role != "candidate":
+                kept.append(trial)
+            else:
+                ties[like.number] = (*ties.get(like.number, ()), trial.number)
+        numbers = {t.number for t in kept}
+        return replace(self, points=tuple(t for t in self.points if t.number in numbers), ties=ties)
 
     def pick(
         self,
@@ -196,6 +215,7 @@ def point_json(trial: Trial, front: Front) -> dict[str, Any]:
         "peak_memory_bytes": score.peak_memory_bytes,
         "energy_mj": score.energy_mj,
         "front_probability": front.probability.get(trial.number),
+        "ties": front.ties.get(trial.number, ()),
         "executed_differs": trial.executed_differs,
         "diagnosis": score.diagnosis,
         "candidate": trial.candidate,
@@ -265,6 +285,19 @@ def _losses(score: Score, axes: Sequence[Objective]) -> list[float] | None:
     if any(v is None for v in values):
         return None
     return [-v if o.maximize else v for o, v in zip(axes, values, strict=True) if v is not None]
+
+
+def _tied(one: Trial, other: Trial, axes: Sequence[Objective]) -> bool:
+    """Whether no objective's intervals part; a figure without one is its own."""
+    return all(overlap(a, b) for a, b in zip(_intervals(one, axes), _intervals(other, axes), strict=True))
+
+
+def _intervals(trial: Trial, axes: Sequence[Objective]) -> list[Interval]:
+    score = trial.score
+    assert score is not None
+    known = {"accuracy": score.accuracy_ci, "latency": score.latency_ms_ci}
+    values = {axis.name: axis.value(score) for axis in axes}
+    return [known.get(name) or (value or 0.0, value or 0.0) for name, value in values.items()]
 
 
 def _probabilities(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from autocompress.core.front import Front, point_json
+from autocompress.core.front import Front, judged, point_json
 from autocompress.core.measurement import Fingerprint
 from autocompress.core.trial import BASELINES, Failure, Trial
 from autocompress.run import Run
@@ -29,6 +29,8 @@ def front_json(run: Run, front: Front, trials: Sequence[Trial]) -> dict[str, Any
     }
     if machine is None:
         document["fingerprint_reason"] = "nothing was measured yet"
+    if (rung := next((t.rung for t in judged(trials) if t.role == "candidate"), "oneshot")) != "oneshot":
+        document["rung"] = rung
     return document | {
         "objectives": list(run.config.objectives),
         "baselines": baselines,

@@ -8,7 +8,7 @@ from typing import Any
 
 from autocompress.core.front import Front
 from autocompress.core.measurement import Fingerprint
-from autocompress.core.trial import Failure, Trial
+from autocompress.core.trial import RUNGS, Failure, Rung, Trial
 from autocompress.report import text
 from autocompress.report.document import fingerprint_of, missing_baseline, roles_of
 from autocompress.run import Run
@@ -20,6 +20,8 @@ class Facts:
 
     Attributes:
         seconds: spent by stage, all trials together.
+        rungs: trials of candidates by rung, the lowest first, and the seconds they took.
+        correlations: by pair of rungs, the rank correlation of accuracies (None where it is not known) and of how many.
         failures: number of failed trials by stage, and the first message of each.
         left_alone, dropped: names and reasons, as the log has them; None where the log does not say.
         executed: for each front point where what ran is not what was chosen, layer → what ran.
@@ -27,6 +29,8 @@ class Facts:
 
     trials: int
     seconds: Mapping[str, float]
+    rungs: Mapping[Rung, tuple[int, float]]
+    correlations: Mapping[str, tuple[float | None, int]]
     failures: Mapping[str, tuple[int, str]]
     fingerprint: Fingerprint | None
     left_alone: Mapping[str, str] | None
@@ -48,12 +52,42 @@ def facts_of(run: Run, front: Front, trials: Sequence[Trial]) -> Facts:
     return Facts(
         trials=len(trials),
         seconds=dict(seconds.most_common()),
+        rungs=_rungs(trials),
+        correlations=_correlations(log),
         failures=failures,
         fingerprint=fingerprint_of([*front.points, *trials]),
         left_alone=_last(log, "left_alone"),
         dropped=_last(log, "dropped"),
         executed={t.number: wrong for t in front.points if (wrong := t.executed_differs)},
     )
+
+
+def _rungs(trials: Sequence[Trial]) -> dict[Rung, tuple[int, float]]:
+    own = [t for t in trials if t.role == "candidate"]
+    found = {rung: [t for t in own if t.rung == rung] for rung in RUNGS}
+    return {rung: (len(of), sum(sum(t.seconds.values()) for t in of)) for rung, of in found.items() if of}
+
+
+def _correlations(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float | None, int]]:
+    last = next((event for event in reversed(log) if event.get("event") == "ladder"), None)
+    if last is None:
+        return {}
+    return {name: (last["rank_correlation"].get(name), count) for name, count in last["pairs"].items()}
+
+
+def _climbed(facts: Facts) -> list[str]:
+    """Of a search with recovery: what the front is of, and how far the rungs below can be believed."""
+    if set(facts.rungs) <= {"oneshot"}:
+        return []
+    counts = ", ".join(f"{count} {rung} in {text.seconds(s)}" for rung, (count, s) in facts.rungs.items())
+    if "full" in facts.rungs:
+        lines = [f"The front holds fully recovered candidates only; tried: {counts}."]
+    else:
+        lines = [
+            f"No candidate is fully recovered yet: the front is of the rung {list(facts.rungs)[-1]!r}; tried: {counts}."
+        ]
+    known = [f"{name} {c:.2f} ({n} pairs)" for name, (c, n) in facts.correlations.items() if c is not None]
+    return [*lines, f"Rank correlation of accuracies between rungs: {', '.join(known)}."] if known else lines
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:
@@ -72,7 +106,7 @@ def read_log(run: Run) -> list[dict[str, Any]]:
 
 def footer(facts: Facts, front: Front, trials: Sequence[Trial]) -> list[str]:
     """The sentences under the table."""
-    lines = [text.verdict(front)]
+    lines = [text.verdict(front), *_climbed(facts)]
     for role in roles_of(trials):
         if role not in front.baselines:
             lines.append(f"The baseline {role} has no figures: {missing_baseline(role, trials)}.")
@@ -83,6 +117,8 @@ def footer(facts: Facts, front: Front, trials: Sequence[Trial]) -> list[str]:
     if facts.left_alone:
         names = text.listed(sorted(facts.left_alone))
         lines.append(f"Left alone: {len(facts.left_alone)} ({names}); `autocompress report` says why.")
+    if facts.seconds:
+        lines.append(f"Time: {text.shares(facts.seconds)}.")
     for number, wrong in facts.executed.items():
         ran = ", ".join(f"{n} ran as {p}" for n, p in list(wrong.items())[:3])
         lines.append(f"Trial {number}: the runtime did not run {len(wrong)} layers as chosen ({ran}).")

@@ -49,6 +49,7 @@ def page(run: Run, front: Front, trials: Sequence[Trial]) -> str:
         f"<h2>The run</h2>{_pairs(_about(run, facts))}",
         f"<h2>The machine</h2>{_pairs(facts.fingerprint.facts if facts.fingerprint else {})}",
         f"<h2>Time by stage</h2>{_pairs({k: text.seconds(v) for k, v in facts.seconds.items()})}",
+        *([f"<h2>Rungs</h2>{_table(('Rung', 'Trials', 'Time'), _rungs(facts))}"] if len(facts.rungs) > 1 else []),
         f"<h2>Failures by stage</h2>{_table(('Stage', 'Trials', 'First message'), _failures(facts))}",
         f"<h2>Left alone</h2>{_named(facts.left_alone)}",
         f"<h2>Choices that were dropped</h2>{_named(facts.dropped)}",
@@ -70,6 +71,7 @@ def _about(run: Run, facts: Facts) -> dict[str, str]:
         "Objectives": ", ".join(config.objectives),
         "Limits": ", ".join(f"{k} = {v:g}" for k, v in limits.items()) or "none",
         "Fidelity": config.fidelity + (f", {config.recover_steps} steps" if config.recover_steps else ""),
+        "Sampler": config.sampler,
         "Budget": _budget(config.trials, config.timeout_s),
         "Trials": str(facts.trials),
         "Seed": str(config.seed),
@@ -82,6 +84,10 @@ def _budget(trials: int | None, timeout_s: float | None) -> str:
     parts = [] if trials is None else [f"{trials} trials"]
     parts += [] if timeout_s is None else [text.seconds(timeout_s)]
     return ", ".join(parts) or "none"
+
+
+def _rungs(facts: Facts) -> list[tuple[str, ...]]:
+    return [(rung, str(count), text.seconds(seconds)) for rung, (count, seconds) in facts.rungs.items()]
 
 
 def _failures(facts: Facts) -> list[tuple[str, ...]]:

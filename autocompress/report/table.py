@@ -57,5 +57,5 @@ def _cells(trial: Trial, front: Front) -> tuple[str, ...]:
         text.size(score.size_bytes),
         text.size(score.peak_memory_bytes),
         "n/a" if probability is None else f"{probability:.0%}",
-        text.described(trial),
+        text.described(trial) + (f" ≈ {', '.join(map(str, ties))}" if (ties := front.ties.get(trial.number)) else ""),
     )

@@ -1,6 +1,6 @@
 """Figures as people read them: never more digits than the interval carries, and "faster" only where intervals part."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from autocompress.core.cascade import Single
@@ -43,6 +43,14 @@ def seconds(value: float) -> str:
     if value < 120:
         return f"{value:.3g} s"
     return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"
+
+
+def shares(seconds_by: Mapping[str, float], most: int = 5) -> str:
+    """The largest parts of a time in per cent, and all of it."""
+    total = sum(seconds_by.values())
+    parts = sorted(seconds_by.items(), key=lambda item: -item[1])[:most]
+    named = ", ".join(f"{name} {part / total:.0%}" for name, part in parts if total and part / total >= 0.005)
+    return f"{named} of {seconds(total)} in trials" if named else f"{seconds(total)} in trials"
 
 
 def against_fp32(score: Score) -> tuple[float, Verdict]:

@@ -16,6 +16,7 @@ from autocompress.core.front import (
     Front,
     Limits,
     hypervolume,
+    judged,
     knee,
     nondominated,
     parse_objectives,
@@ -260,3 +261,63 @@ def test_a_point_in_json_has_every_figure_or_its_reason() -> None:
     assert missing == {"accuracy_ci", "test_accuracy", "peak_memory_bytes", "energy_mj", "executed_differs"}
     reasons = {name for name in point if name.endswith("_reason")}
     assert reasons == {f"{n}_reason".replace("energy_mj", "energy") for n in missing}
+
+
+@st.composite
+def measured_fronts(draw: st.DrawFn) -> Front:
+    """Fronts whose points have intervals in accuracy and latency."""
+    count = draw(st.integers(1, 8))
+    figures = st.tuples(st.integers(0, 30), st.integers(1, 30), st.integers(0, 4))
+    trials = []
+    for i in range(count):
+        a, latency, half = draw(figures)
+        accuracy = a / 30
+        ci = (accuracy - half / 60, accuracy + half / 60)
+        trials.append(trial(i, score(accuracy, latency / 10, accuracy_ci=ci)))
+    return Front.of(trials)
+
+
+@given(measured_fronts())
+def test_merging_leaves_one_point_for_those_that_no_figure_tells_apart(found: Front) -> None:
+    merged = found.merged()
+    kept = {t.number: t for t in merged.points}
+    gone = [t for t in found.points if t.number not in kept]
+    assert sorted(n for numbers in merged.ties.values() for n in numbers) == sorted(t.number for t in gone)
+    assert set(merged.ties) <= set(kept)
+    for t in gone:
+        (stands,) = [kept[n] for n, numbers in merged.ties.items() if t.number in numbers]
+        assert t.score is not None
+        assert stands.score is not None
+        assert t.score.latency_ms_ci[0] <= stands.score.latency_ms_ci[1]
+        assert stands.score.latency_ms_ci[0] <= t.score.latency_ms_ci[1]
+
+
+@given(measured_fronts())
+def test_merging_keeps_a_point_that_is_fastest_by_separated_intervals(found: Front) -> None:
+    fastest, *others = found.points
+    assert fastest.score is not None
+    if all(t.score and t.score.latency_ms_ci[0] > fastest.score.latency_ms_ci[1] for t in others):
+        assert fastest in found.merged().points
+
+
+def test_ties_stand_in_the_document_of_their_point() -> None:
+    trials = [trial(i, score(0.9, 1 + 0.001 * i, accuracy_ci=(0.88 + 0.001 * i, 0.92))) for i in range(2)]
+    trials[1] = replace(trials[1], outcome=score(0.905, 1.001, accuracy_ci=(0.88, 0.92)))
+    merged = Front.of(trials).merged()
+    (kept,) = merged.points
+    (tied,) = merged.ties[kept.number]
+    assert {kept.number, tied} == {0, 1}
+    assert point_json(kept, merged)["ties"] == [tied]
+
+
+def test_a_score_of_a_part_of_the_items_is_on_no_front() -> None:
+    trials = [trial(0, score(0.9, 1.0), "fp32"), trial(1, replace(score(0.99, 0.1), items=512))]
+    assert [t.number for t in Front.of(trials).points] == [0]
+
+
+def test_the_highest_rung_that_has_a_score_is_judged() -> None:
+    fp32 = trial(0, score(0.9, 1.0), "fp32")
+    low, short = trial(1, score(0.8, 0.5)), replace(trial(2, score(0.85, 0.5)), rung="short")
+    failed = replace(trial(3, Failure(stage="load", error="E", message="m")), rung="full")
+    assert judged([fp32, low]) == [fp32, low]
+    assert judged([fp32, low, short, failed]) == [fp32, short]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.device.lock import measuring_lock
+from autocompress.device.lock import measuring_lock, wait_until_quiet
 
 
 def test_only_one_process_measures_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     script = (
-        "from pathlib import Path; from autocompress.device.lock import measuring_lock\n"
+        "from pathlib import Path; from autocompress.device.lock import measuring_lock, wait_until_quiet\n"
         f"with measuring_lock(path=Path({str(path)!r})): print('mine', flush=True)"
     )
     with measuring_lock(path=path):
@@ -60,3 +60,18 @@ def test_another_users_file_serves(tmp_path: Path) -> None:
         os.chown(path, 12345, 12345)
     with measuring_lock(path=path), path.open() as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_who_trains_waits_while_another_measures(tmp_path: Path) -> None:
+    path, quiet = tmp_path / "lock", threading.Event()
+
+    def train() -> None:
+        wait_until_quiet(path)
+        quiet.set()
+
+    with measuring_lock(path=path):
+        trainer = threading.Thread(target=train)
+        trainer.start()
+        assert not quiet.wait(0.5)
+    assert quiet.wait(10)
+    trainer.join()
