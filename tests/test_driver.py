@@ -153,7 +153,8 @@ def test_a_front_that_cannot_be_measured_again_stands_as_found(run: Run) -> None
     assert events(run, "not_finalised")[0]["message"] == "the device went away"
 
 
-def test_resuming_goes_on_with_numbers_generations_and_a_new_final_front(run: Run) -> None:
+def test_resuming_goes_on_with_numbers_generations_and_a_new_final_front(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", scripted.config(sampler="nsga2"))
     scripted.drive(run, scripted.Scripted(run), trials=20)
     again = scripted.Scripted(run)
     scripted.drive(run, again, trials=60)

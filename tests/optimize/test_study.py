@@ -237,8 +237,9 @@ def test_constraints_steer(tmp_path: Path) -> None:
         space = scripted.space()
         url = f"sqlite:///{tmp_path / f'{limited}.db'}"
         with Study(
-            url, "s", OBJECTIVES, space.variables, digest=lambda v: space.decode(v).digest, seed=0, population=8
-        ) as study:
+            url, "s", OBJECTIVES, space.variables, digest=lambda v: space.decode(v).digest, seed=0, sampler="nsga2",
+            population=8,
+        ) as study:  # fmt: skip
             trials = [
                 step(study, (lambda t: {"max_latency_ms": excess(t)}) if limited else lambda _: {}) for _ in range(72)
             ]
