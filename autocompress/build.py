@@ -3,14 +3,16 @@
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import itertools
+import json
 import os
 import statistics
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from autocompress.core.candidate import Candidate, LayerChoice
 from autocompress.core.errors import AutocompressError, InputError, StageError
 from autocompress.core.profile import Profile
 from autocompress.core.recipe import Train
+from autocompress.core.record import to_json
 from autocompress.core.space import Structure
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autocompress.compress.apply import Compressed, Setting
+    from autocompress.compress.cut import Anatomy
     from autocompress.compress.material import Material
     from autocompress.export.exporter import FloatModel, Lowered, MakesExporter, Source
     from autocompress.task import CheckedTask
@@ -37,6 +41,7 @@ CALIBRATION_ITEMS = 128
 BATCH = 64  # of scoring in torch
 GATE_ITEMS = 1000  # validation items that a gate and an early stop look at
 TIMED_STEPS = 8
+SHARED_RATIOS = (1.0, 0.75, 0.5, 0.25)
 _KEPT = 4  # float models kept in memory: candidates that differ in bits only share one
 
 
@@ -119,7 +124,12 @@ class Builder:
             dialect="uint8" if profile.dialect == "uint8" else "int8",
             progress=progress,
             cache=folder / "teachers",
+            shared=self._shared,
         )
+        self._widths: Mapping[str, Sequence[int]] = {
+            g.name: sorted({max(g.step, g.step * round(r * g.width / g.step)) for r in SHARED_RATIOS}, reverse=True)
+            for g in found.groups
+        }
         self._floats: OrderedDict[str, _Float] = OrderedDict()
         self.float_difference = self._exporter.difference
 
@@ -127,6 +137,11 @@ class Builder:
     def setting(self) -> "Setting":
         """What all candidates share: the original, where it can be cut, and its data."""
         return self._setting
+
+    def allow(self, widths: Mapping[str, Sequence[int]]) -> None:
+        """Let a training that all widths share be of these, by group; without any it is of a few ratios of each."""
+        if widths:
+            self._widths = dict(widths)
 
     def build(self, candidate: Candidate, watch: Stopwatch, *, fallback: bool = False) -> Built:
         """The artifact of a candidate, a file in the run's artifacts folder.
@@ -209,6 +224,38 @@ class Builder:
             self._weights.mkdir(exist_ok=True)
             write(path, made)
         return made
+
+    def _shared(self, steps: int, anatomy: "Anatomy", how: Train) -> "nn.Module":
+        """The original after a training that all widths share: made once in a run, whichever process needs it first."""
+        from safetensors.torch import load_file, save_file
+
+        from autocompress.compress.elastic import train_elastic
+
+        setting, widths = self._setting, {n: list(w) for n, w in self._widths.items()}
+        orders = {group.name: group.order for group in anatomy.groups}
+        told = json.dumps([steps, widths, orders, to_json(how)], sort_keys=True)
+        path = self._weights / f"shared-{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+        self._weights.mkdir(exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                model = train_elastic(
+                    setting.original,
+                    anatomy.groups,
+                    widths,
+                    setting.material,
+                    how,
+                    steps=steps,
+                    seed=0,
+                    progress=lambda step, of, loss: setting.progress("share", step, of, loss),
+                    cache=setting.cache,
+                )
+                temporary = path.with_suffix(f".{os.getpid()}")
+                save_file({name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}, temporary)
+                temporary.replace(path)
+        model = copy.deepcopy(setting.original)
+        model.load_state_dict(load_file(path))
+        return model
 
     def _material(self) -> "Material":
         from autocompress.compress.material import Material

@@ -68,6 +68,7 @@ class Evaluator:
         space = dataclasses.replace(space, dropped={**lacking, **space.dropped})
         payoff = payoff_of(run, subject_of(task, self.structure, profile), facts)
         self.space: Space = with_stages_that_pay(space if payoff is None else paying(space, payoff))
+        self._builder.allow(self.space.widths)
         self._with_memory = "memory" in run.config.objectives or run.config.limits.max_memory_mb is not None
         self._with_energy = "energy" in run.config.objectives
         self._written: set[str] = set()

@@ -37,7 +37,7 @@ UNIFORM_FLOATS: Mapping[str, Role] = {"fp16": "uniform-fp16", "bf16": "uniform-b
 # In these stages a model or a file runs: on data (training, calibrating, scoring, checking, reading back) or timed.
 # The rest is overhead.
 WORK = (
-    "settle", "recover", "quantize", "gate", "calibrate", "check", "score", "interval", "measure", "read back",
+    "settle", "share", "recover", "quantize", "gate", "calibrate", "check", "score", "interval", "measure", "read back",
     "finalise",
 )  # fmt: skip
 

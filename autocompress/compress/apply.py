@@ -63,6 +63,7 @@ class Setting:
         dialect: of the device's integer operators.
         progress: told of training: what, step, steps, loss.
         cache: folder for what candidates share, such as outputs of teachers.
+        shared: gives the original after a training that all widths share: of so many steps, channels in that order.
     """
 
     original: nn.Module
@@ -72,6 +73,7 @@ class Setting:
     dialect: Literal["uint8", "int8"] = "uint8"
     progress: Callable[[str, int, int, float], None] = lambda *_: None
     cache: Path | None = None
+    shared: Callable[[int, Anatomy, Train], nn.Module] | None = None
     _ranked: dict[Importance, Anatomy] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def by(self, importance: Importance) -> Anatomy:
@@ -197,9 +199,14 @@ class _Pipeline:
         """Cut to `part` of the way; single weights too, unless they go while the stage trains."""
         setting, material = self._setting, self._material
         target = on_the_way(self._candidate, setting.anatomy, part)
+        cut_before = state.at
         with self._watch("compress"):
             anatomy = setting.by(self._importance) if target.widths else setting.anatomy
-            cut_before = state.at
+        if how.inherit and setting.shared is not None and target.widths and not cut_before.widths:
+            with self._watch("share"):
+                trained = next((stage.train for stage in self._candidate.recipe.stages if stage.train), Train())
+                state.model = setting.shared(how.inherit, anatomy, trained)
+        with self._watch("compress"):
             state.model = cut(state.model, anatomy, target, before=cut_before)
             fitted = {}
             if how.reconstruct and target.student is None and target.widths != cut_before.widths:

@@ -137,7 +137,7 @@ class _Training:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def go(self, after_step: Callable[[int, int], None], progress: Callable[[int, int, float], None]) -> Trained:
-        optimizer, schedule = self._optimizer()
+        optimizer, schedule = optimization(self._student, self._parameters, self._how, self._steps)
         student, how, began = self._student, self._how, time.monotonic()
         best, kept, worse, stopped, step = None, None, 0, "steps", 0
         check = max(1, self._steps // CHECKS)
@@ -214,24 +214,6 @@ class _Training:
         found = agreed(answers, classifies=self._material.classifies, confident=lesson.teachers == "confident")
         return [tensor.float() for tensor in found]
 
-    def _optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        how, steps = self._how, self._steps
-        optimizer: torch.optim.Optimizer
-        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._student.modules())
-        if how.optimizer == "adamw" or (how.optimizer == "auto" and not normed):
-            rate = how.learning_rate or ADAMW_RATE
-            optimizer = torch.optim.AdamW(self._parameters, lr=rate, weight_decay=how.weight_decay, fused=True)
-        else:
-            rate = how.learning_rate or SGD_RATE * math.sqrt(how.batch_size / 256)
-            optimizer = torch.optim.SGD(
-                self._parameters, lr=rate, momentum=0.9, nesterov=True, weight_decay=how.weight_decay, fused=True
-            )
-        warm_up = max(1, min(50, steps // 10))
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda i: min(1.0, (i + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / max(1, steps)))),
-        )
-
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if not has_bfloat16(self._device):
             return nullcontext()
@@ -248,6 +230,27 @@ class _Training:
     def _moved(self, batch: Any) -> dict[str, Tensor]:
         moved: dict[str, Tensor] = _on(self._device, batch)
         return moved
+
+
+def optimization(
+    model: nn.Module, parameters: Sequence[nn.Parameter], how: Train, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Optimizer and learning rate as a recipe says: by itself SGD where the model has BatchNorm, else AdamW."""
+    optimizer: torch.optim.Optimizer
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if how.optimizer == "adamw" or (how.optimizer == "auto" and not normed):
+        rate = how.learning_rate or ADAMW_RATE
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=how.weight_decay, fused=True)
+    else:
+        rate = how.learning_rate or SGD_RATE * math.sqrt(how.batch_size / 256)
+        optimizer = torch.optim.SGD(
+            parameters, lr=rate, momentum=0.9, nesterov=True, weight_decay=how.weight_decay, fused=True
+        )
+    warm_up = max(1, min(50, steps // 10))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1.0, (i + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, i / max(1, steps)))),
+    )
 
 
 def _channels_last(model: nn.Module) -> bool:

@@ -27,6 +27,8 @@ class Prune:
             after each of which what is left goes back to where it began (Frankle & Carbin, 2019).
         rounds: of `rewind`.
         reconstruct: whether the layers after a cut are fitted to the original's outputs by least squares.
+        inherit: steps of one training that all widths of the space share; candidates are cut from its weights. 0: from
+            the original's (Yu & Huang, 2019).
     """
 
     importance: Importance = "magnitude"
@@ -35,6 +37,7 @@ class Prune:
     schedule: Literal["at-once", "gradual", "rewind"] = "at-once"
     rounds: int = 3
     reconstruct: bool = False
+    inherit: int = field(default=0, metadata=RARE)
 
     __pydantic_config__ = _FORBID
 
@@ -43,6 +46,8 @@ class Prune:
             raise InputError(f"`part` must be in (0, 1], got {self.part}")
         if self.rounds < 1:
             raise InputError(f"`rounds` must be at least 1, got {self.rounds}")
+        if self.inherit < 0:
+            raise InputError(f"`inherit` must be at least 0 steps, got {self.inherit}")
 
 
 @dataclass(frozen=True, kw_only=True)
