@@ -77,7 +77,7 @@ class Encoding:
         return int(self.starts[-1])
 
     def numbers(self, many: Sequence[Values]) -> Rows:
-        """For each of `many`, the number of each variable's choice, `[many, variables]`; the first for one not given."""
+        """For each of `many`, the numbers of its choices, `[many, variables]`; the first for one not given."""
         found = [[known.get(v.get(n, ""), 0) for n, known in self._index.items()] for v in many]
         return np.array(found, np.intp).reshape(len(many), len(self.variables))
 

@@ -3,17 +3,16 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from autocompress.core.front import nondominated
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
 # With d objectives a front of n points is cut into about n^(d-1) boxes; so many points keep them below 1,000.
-WIDEST = {1: 1, 2: 300, 3: 40, 4: 14}
+WIDEST = {2: 300, 3: 40, 4: 14}
 WIDEST_OF_MORE = 8
 WIDEST_NEAR = 48  # points of a front that nearness is counted from
 REACH = 8.0  # standard deviations
@@ -40,7 +39,7 @@ class Members:
             self._losses = np.empty((0, len(losses)))
         if (self._losses <= losses).all(1).any():
             return
-        kept = ~(self._losses >= losses).all(1)
+        kept = np.asarray(~(self._losses >= losses).all(1))
         self.numbers = [*itertools.compress(self.numbers, kept), number]
         self._losses = np.vstack([self._losses[kept], losses])
 
@@ -68,43 +67,53 @@ def thinned(front: Array, count: int) -> Array:
     return front[chosen]
 
 
-def expected_gain(believed: Believed, front: Array, reference: Array) -> Array:
-    """Expected hypervolume improvement of each candidate over `front` up to `reference`, `[candidates]`.
+class Region:
+    """What a front leaves to be gained, up to `reference`, as boxes.
 
-    Exact for independent normal objectives: the region that the front does not dominate is cut into boxes, and over
-    each the expectation is a product (Emmerich et al., 2006; Yang et al., 2019). A front of more points than WIDEST is
-    thinned.
+    A front of more points than WIDEST is thinned.
 
     Args:
-        front: `[points, objectives]`, of which dominated ones and those beyond `reference` do not matter.
+        front: `[points, objectives]`; dominated ones and those beyond `reference` do not matter.
     """
-    size = len(reference)
-    inside = front[(front < reference).all(1)].reshape(-1, size)
-    inside = thinned(inside[nondominated(inside)], WIDEST.get(size, WIDEST_OF_MORE))
-    low, high = _boxes(inside, reference)
-    gain = np.ones((len(believed.mean), len(low)))
-    for k in range(size):
-        edges, where = np.unique(np.concatenate([low[:, k], high[:, k]]), return_inverse=True)
-        below = _below(edges, believed.mean[:, k], believed.deviation[:, k])
-        gain *= below[:, where[len(low) :]] - below[:, where[: len(low)]]
-    total: Array = gain.sum(1)
-    return total
+
+    def __init__(self, front: Array, reference: Array) -> None:
+        size = len(reference)
+        inside = front[(front < reference).all(1)].reshape(-1, size)
+        low, high = _boxes(thinned(inside, WIDEST.get(size, WIDEST_OF_MORE)), reference)
+        self._axes: list[tuple[Array, Rows, Rows]] = []
+        for k in range(size):
+            edges, where = np.unique(np.concatenate([low[:, k], high[:, k]]), return_inverse=True)
+            self._axes.append((edges, where[: len(low)], where[len(low) :]))
+
+    def expected_gain(self, believed: Believed) -> Array:
+        """Expected hypervolume improvement of each candidate, `[candidates]`.
+
+        Exact for independent normal objectives: over each box the expectation is a product (Emmerich et al., 2006;
+        Yang et al., 2019).
+        """
+        gain: Any = 1.0
+        for k, (edges, low, high) in enumerate(self._axes):
+            below = _below(edges, believed.mean[:, k], believed.deviation[:, k])
+            gain = gain * (below[:, high] - below[:, low])
+        total: Array = gain.sum(1)
+        return total
 
 
 def _boxes(front: Array, reference: Array) -> tuple[Array, Array]:
     """Lower and upper corners of boxes that fill what `front` does not dominate, below `reference`."""
-    if front.shape[1] == 1:
-        top = front.min() if len(front) else reference[0]
-        return np.array([[-np.inf]]), np.array([[top]])
-    edges = np.concatenate([[-np.inf], np.unique(front[:, -1]), reference[-1:]])
+    order = np.argsort(front[:, -1], kind="stable")
+    sliced, rest = front[order], reference[:-1]
+    edges = np.concatenate([[-np.inf], sliced[:, -1], reference[-1:]])
+    if len(rest) == 1:
+        tops = np.minimum.accumulate(np.concatenate([rest, sliced[:, 0]]))
+        low = np.column_stack([np.full(len(tops), -np.inf), edges[:-1]])
+        return low, np.column_stack([tops, edges[1:]])
     lows, highs = [], []
-    for bottom, top in itertools.pairwise(edges):
-        below = front[front[:, -1] <= bottom][:, :-1]
-        if below.shape[1] > 1:
-            below = below[nondominated(below)]
-        low, high = _boxes(below, reference[:-1])
-        lows.append(np.column_stack([low, np.full(len(low), bottom)]))
-        highs.append(np.column_stack([high, np.full(len(high), top)]))
+    for i, (bottom, top) in enumerate(itertools.pairwise(edges)):
+        if top > bottom:
+            low, high = _boxes(sliced[:i, :-1], rest)
+            lows.append(np.column_stack([low, np.full(len(low), bottom)]))
+            highs.append(np.column_stack([high, np.full(len(high), top)]))
     return np.vstack(lows), np.vstack(highs)
 
 

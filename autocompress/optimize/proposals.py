@@ -47,4 +47,5 @@ def crossings(parents: Rows, count: int, rng: np.random.Generator) -> Rows:
 def mixed(base: Rows, other: Rows, rng: np.random.Generator) -> Rows:
     """Each of `base` with a random share of its variables from its partner in `other`; every second is the partner."""
     share = np.where(np.arange(len(base)) % 2 == 0, 1.0, rng.random(len(base)))
-    return np.where(rng.random(base.shape) < share[:, None], other, base)
+    found: Rows = np.where(rng.random(base.shape) < share[:, None], other, base)
+    return found

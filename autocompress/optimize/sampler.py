@@ -17,14 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.core.space import Choice, Values
 from autocompress.optimize.encoding import Array, Encoding, Rows
-from autocompress.optimize.improvement import Believed, Members, expected_gain, nearest
+from autocompress.optimize.improvement import Believed, Members, Region, nearest
 from autocompress.optimize.proposals import crossings, mixed, mutations
 from autocompress.optimize.surrogate import Fit, Surrogate
 
 MUTATIONS, CROSSINGS, POLICIES = 64, 48, 40  # candidates of each kind that are looked at first
 CLIMBS, CLIMBERS, CLIMBED = 2, 12, 72  # times that the best so many are mutated, to so many
 PROPOSALS = 32  # kept for when the first ones mean what is known already
-NEAREST = 200  # trials that the process is of
+NEAREST = 160  # trials that the process is of
 FEWEST_TRIALS = 6  # before, a crossing of what is known is as good a guess
 LOGARITHMIC = {"latency", "size", "memory", "energy"}
 SCALE = 0.1  # of an accuracy's loss, beyond which its logarithm counts, where no bound gives one
@@ -87,6 +87,7 @@ class SurrogateSampler(BaseSampler):
         self._front = {True: Members(), False: Members()}  # of those that meet the limits, of the others
         self._known: set[bytes] = set()
         self._learned: set[int] = set()
+        self._start = 0  # of the study's trials, the first that may not be finished
         self._ranked: list[Rows] = []
         self._ranked_at = -1
 
@@ -121,8 +122,9 @@ class SurrogateSampler(BaseSampler):
 
     def _take_up(self, study: Study) -> None:
         """Learn the trials that were finished since."""
-        fresh = [t for t in study.get_trials(deepcopy=False) if t.number not in self._learned]
-        complete = [t for t in fresh if t.state == TrialState.COMPLETE]
+        trials = study.get_trials(deepcopy=False)[self._start :]
+        complete = [t for t in trials if t.state == TrialState.COMPLETE and t.number not in self._learned]
+        self._start += next((i for i, t in enumerate(trials) if not t.state.is_finished()), len(trials))
         self._learned.update(t.number for t in complete)
         new = [t for t in complete if t.params.keys() == self._variables.keys()]
         if not new:
@@ -180,8 +182,8 @@ class SurrogateSampler(BaseSampler):
         if len(near) > NEAREST:
             near = nearest(self._surrogate.losses, self._surrogate.losses[front], NEAREST)
         fit = self._surrogate.fit(near)
-        gain = self._gain(fit, front)
         seen: set[bytes] = set()
+        gain = self._gain(fit, front, seen)
         found = self._fresh(np.vstack([found, self._policies(fit, front)]), seen)
         gains = gain(found)
         for _ in range(CLIMBS):
@@ -219,25 +221,28 @@ class SurrogateSampler(BaseSampler):
         around = self._numbers[base]
         return mixed(around, self._encoding.best(scores, around), rng)
 
-    def _gain(self, fit: Fit, front: Sequence[int]) -> Callable[[Rows], Array]:
-        """What candidates are expected to add to the front; what is pending counts as if it came as predicted."""
+    def _gain(self, fit: Fit, front: Sequence[int], seen: set[bytes]) -> Callable[[Rows], Array]:
+        """What candidates are expected to add to the front; what is pending counts as if it came as predicted.
+
+        Rows of what is pending go into `seen`.
+        """
         points, reference = self._losses[front], self._reference(front)
-        theirs = [v for v in self._pending() if v.keys() == self._variables.keys()]
-        if theirs:
+        if theirs := [v for v in self._pending() if v.keys() == self._variables.keys()]:
             rows = self._encoding.rows(theirs)
-            seen = self._straight(fit.predict(rows), reference).mean
-            self._known.update(row.tobytes() for row in rows)
-            points = np.vstack([points, seen])
+            seen.update(row.tobytes() for row in rows)
+            points = np.vstack([points, self._straight(fit.predict(rows), reference).mean])
+        region = Region(points, reference)
 
         def gain(candidates: Rows) -> Array:
             if not len(candidates):
                 return np.empty(0)
             believed = self._straight(fit.predict(self._encoding.columns(candidates)), reference)
-            gains = expected_gain(believed, points, reference)
+            gains = region.expected_gain(believed)
             if gains.any():
                 return gains
             short = np.maximum(believed.mean - reference, 0.0) / np.maximum(np.abs(reference), 1e-12)
-            return -short.sum(1)  # nothing can be of use yet: what is the nearest to that
+            missing: Array = -short.sum(1)  # nothing can be of use yet: what is the nearest to that
+            return missing
 
         return gain
 
@@ -253,7 +258,7 @@ class SurrogateSampler(BaseSampler):
         return found
 
     def _parents(self) -> list[int]:
-        """The front of what is feasible, as far as it is within the bounds; where nothing is, what is the nearest to it."""
+        """The front of what is feasible, as far as it is within the bounds; where nothing is, the nearest to that."""
         front = self._front[True].numbers
         if not front:
             least = np.argsort(self._violations, kind="stable")[:CLIMBERS]

@@ -70,11 +70,12 @@ class Surrogate:
         rng = np.random.default_rng(0)
         drawn = encoding.columns(rng.integers(0, encoding.sizes, (256, len(encoding.sizes))))
         spread = self._sums(drawn).std(0)
-        return TRUST * np.sqrt(len(encoding.known)) / np.where(spread > 1e-9, spread, np.inf)
+        units: Array = TRUST * np.sqrt(len(encoding.known)) / np.where(spread > 1e-9, spread, np.inf)
+        return units
 
     def _sums(self, rows: Rows) -> Array:
-        """How many variables have each choice of their kind, and how accuracy and latency may follow sums of effects."""
-        counts = self._shared[rows].sum(1)
+        """How often each choice of each kind is there, and how accuracy and latency may follow sums of effects."""
+        counts: Array = self._shared[rows].sum(1)
         if not self._told:
             return counts
         loss, cost = self.effects[rows].sum(1).T
@@ -116,13 +117,16 @@ class Surrogate:
         return Fit(self, near, features, spread, centre, mean, posteriors)
 
     def _settle(self, k: int, linear: Array, apart: Array, rest: Array, scale: int) -> "Posterior":
-        """The likelier of the kernel in use and of others a step away, in turn."""
+        """The likelier of the kernel in use and of others a step away; of few trials many, of many one objective's."""
         best = Posterior.of(self._kernels[k], linear, apart, rest, scale)
-        for i in range(SEARCHES if len(rest) <= QUICK else 1):
-            other = _step(self._kernels[k], self._turn * (SEARCHES if len(rest) <= QUICK else 1) + i)
-            if other == self._kernels[k]:
-                continue
-            found = Posterior.of(other, linear, apart, rest, scale)
+        objectives = len(self._kernels)
+        if len(rest) <= QUICK:
+            turns = range(self._turn * SEARCHES, (self._turn + 1) * SEARCHES)
+        else:
+            turns = range(self._turn // objectives, self._turn // objectives + (self._turn % objectives == k))
+        for turn in turns:
+            other = _step(self._kernels[k], turn)
+            found = Posterior.of(other, linear, apart, rest, scale) if other != self._kernels[k] else best
             if found.likelihood > best.likelihood:
                 best, self._kernels[k] = found, other
         return best
@@ -146,7 +150,7 @@ class Posterior:
         variance, noise, length = _numbers(kernel, scale)
         whole = linear + variance * np.exp(-apart / length)
         whole.flat[:: count + 1] += noise
-        inverse = np.linalg.inv(whole)
+        inverse: Array = np.linalg.inv(whole).astype(np.float64)
         weights = inverse @ rest
         amplitude = max(float(rest @ weights) / count, 1e-16)
         half = float(np.log(np.diagonal(np.linalg.cholesky(whole))).sum())
@@ -200,7 +204,8 @@ class Fit:
         slopes = weights @ believed.T
         if draws is not None:
             amplitude = np.sqrt([p.amplitude for p in self._posteriors])
-            slopes = slopes + draws * np.sqrt(np.maximum(np.diagonal(self._spread), 0.0)) * (weights @ amplitude)[:, None]
+            doubt = np.sqrt(np.maximum(np.diagonal(self._spread), 0.0))
+            slopes = slopes + draws * doubt * (weights @ amplitude)[:, None]
         padded = np.column_stack([slopes[:, : told._ones], np.zeros(len(around))])
         found = padded[:, told._place]
         sums = slopes[:, told._ones : -1] * told._unit
