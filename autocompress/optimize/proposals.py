@@ -41,7 +41,8 @@ def crossings(parents: Rows, count: int, rng: np.random.Generator) -> Rows:
     place = np.arange(width)
     stretch = (place >= ends[:, :1]) & (place < ends[:, 1:])
     mask = np.where(rng.random((count, 1)) < 0.5, stretch, scattered)
-    return np.where(mask, parents[second], parents[first])
+    found: Rows = np.where(mask, parents[second], parents[first])
+    return found
 
 
 def mixed(base: Rows, other: Rows, rng: np.random.Generator) -> Rows:
