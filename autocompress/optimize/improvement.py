@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
-# With d objectives a front of n points is cut into about n^(d-1) boxes; so many points keep them below 1,000.
-WIDEST = {2: 300, 3: 40, 4: 14}
+# With d objectives a front of n points is cut into about n^(d-1) boxes; so many points keep them below 2,000.
+WIDEST = {2: 300, 3: 56, 4: 14}
 WIDEST_OF_MORE = 8
 WIDEST_NEAR = 48  # points of a front that nearness is counted from
 REACH = 8.0  # standard deviations
