@@ -76,7 +76,7 @@ def test_far_beyond_the_reference_a_nearer_one_still_gains_more() -> None:
 
 @pytest.mark.parametrize("objectives", [2, 3, 4, 5])
 def test_boxes_stay_few_with_a_wide_front(objectives: int) -> None:
-    """And what thinning leaves out makes a gain look larger, never smaller."""
+    """Thinning makes a gain look larger, never smaller; over a sphere of 400 points by at most a half."""
     drawn = np.abs(np.random.default_rng(0).standard_normal((400, objectives)))
     front, reference = 1.5 - drawn / np.linalg.norm(drawn, axis=1, keepdims=True), np.full(objectives, 1.6)
     region = Region(front, reference)
@@ -86,7 +86,7 @@ def test_boxes_stay_few_with_a_wide_front(objectives: int) -> None:
     point = np.full((1, objectives), 0.7)
     gained = hypervolume(np.vstack([front, point]), reference) - hypervolume(front, reference)
     found = region.expected_gain(Believed(mean=point, deviation=np.zeros_like(point)))[0]
-    assert gained - 1e-9 <= found <= 1.2 * gained + 1e-9
+    assert gained - 1e-9 <= found <= 1.5 * gained + 1e-9
 
 
 @given(points(3, 20))
