@@ -177,7 +177,8 @@ class SurrogateSampler(BaseSampler):
         parents = self._numbers[front]
         found = self._near(parents, MUTATIONS, CROSSINGS)
         if len(self._numbers) < FEWEST_TRIALS:
-            return rng.permutation(self._fresh(found, set()) if len(found) else found)
+            fresh = self._fresh(found, set())
+            return rng.permutation(fresh if len(fresh) else found)
         near = np.arange(len(self._losses))
         if len(near) > NEAREST:
             near = nearest(self._surrogate.losses, self._surrogate.losses[front], NEAREST)

@@ -1,5 +1,6 @@
 """Properties of the sampler, on the formula of tests/scripted.py."""
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -154,6 +155,23 @@ def test_infeasible_trials_are_no_parents_while_there_are_others() -> None:
     assert len(feasible) == 15
     assert 0 < len(parents) <= 15
     assert all(values in feasible for values in parents)
+
+
+@pytest.mark.parametrize("trials", [3, 9])
+def test_where_all_is_known_something_is_proposed_all_the_same(trials: int) -> None:
+    """Whoever asked sees that it is known, and decides."""
+    variables: dict[str, tuple[Choice, ...]] = {"width:a": (3, 2, 1), "precision:b": ("fp32", "w8a8", "w4a8")}
+    few = {n: c[: 1 if trials == 3 and n == "precision:b" else 3] for n, c in variables.items()}
+    sampler = SurrogateSampler(few, ("accuracy", "latency"), seed=0)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    distributions = {n: optuna.distributions.CategoricalDistribution(c) for n, c in few.items()}
+    for i, point in enumerate(itertools.product(*few.values())):
+        params = dict(zip(few, point, strict=True))
+        study.add_trial(
+            optuna.trial.create_trial(values=[0.9 - 0.1 * i, 1 / (1 + i)], params=params, distributions=distributions)
+        )
+    assert len(study.trials) == trials
+    assert set(study.ask(distributions).params) == set(few)
 
 
 def test_where_nothing_is_feasible_the_least_infeasible_are_parents() -> None:
