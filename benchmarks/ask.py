@@ -23,10 +23,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution
 
 from autocompress.core.candidate import Candidate
 from autocompress.core.space import Choice, Values
 from autocompress.core.trial import Score, Trial
+from autocompress.optimize.record import close_storage, encode, open_storage
 from autocompress.optimize.sampler import Guide
 from autocompress.optimize.study import Study
 
@@ -59,13 +62,18 @@ def opened(sampler: str, path: Path, objectives: tuple[str, ...]) -> Study:
     return study
 
 
-def fill(study: Study, trials: int) -> None:
-    """So many scored trials, from nearly the original to the narrowest."""
+def fill(path: Path, objectives: tuple[str, ...], trials: int) -> None:
+    """So many scored trials, from nearly the original to the narrowest, written as a study writes them."""
+    opened("random", path, objectives).close()
     space, rng = variables(), np.random.default_rng(0)
-    for _ in range(trials):
+    distributions = {name: CategoricalDistribution(choices) for name, choices in space.items()}
+    storage = open_storage(f"sqlite:///{path}")
+    record = optuna.load_study(study_name="ask", storage=storage)
+    for i in range(trials):
         near = rng.uniform()
         values = {n: cs[0] if rng.uniform() < near else cs[int(rng.integers(len(cs)))] for n, cs in space.items()}
-        study.tell(trial(values), values, {})
+        record.add_trial(encode(trial(values), values, distributions, objectives, {}, {}, str(i)))
+    close_storage(storage)
 
 
 def trial(values: Values) -> Trial:
@@ -119,8 +127,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for objectives in OBJECTIVES:
             record = Path(folder) / f"{len(objectives)}.db"
-            with opened("random", record, objectives) as study:
-                fill(study, given.trials)
+            fill(record, objectives, given.trials)
             for sampler in SAMPLERS if objectives == OBJECTIVES[0] else SAMPLERS[:1]:
                 shutil.copyfile(record, path := Path(folder) / "used.db")
                 name = f"{sampler}, {len(objectives)} objectives"

@@ -21,7 +21,8 @@ def mutations(parents: Rows, sizes: Rows, ordered: NDArray[np.bool_], count: int
     other = (now + 1 + (rng.random(len(row)) * (many - 1)).astype(np.intp)) % many
     step = np.where(rng.random(len(row)) < 0.5, 1, -1)
     beside = np.where((now + step < 0) | (now + step >= many), now - step, now + step)
-    found[row, variable] = np.where(ordered[variable] & (rng.random(len(row)) < NEIGHBOUR), beside, other)
+    near = ordered[variable] & (rng.random(len(row)) < NEIGHBOUR)
+    found[row, variable] = np.where(near, np.maximum(beside, 0), other)
     return found
 
 
