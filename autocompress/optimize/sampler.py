@@ -1,7 +1,8 @@
 """The sampler of a search: neighbours of the front, screened by what a surrogate expects of them.
 
-Candidates are mutations and crossings of the front's members and the best policies by the surrogate's sum of single
-choices. The one with the largest expected hypervolume improvement is proposed (Emmerich et al., 2006).
+Candidates are mutations and crossings of the front's members, the best policies by the surrogate's sum of single
+choices, and mutations of the best of those. The one with the largest expected hypervolume improvement is proposed
+(Emmerich et al., 2006).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,22 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.core.front import nondominated
 from autocompress.core.space import Choice, Values
-from autocompress.optimize.surrogate import NEAREST, Additive, Array, Encoding, Process, expected_gain, nearest
+from autocompress.optimize.encoding import Array, Encoding, Rows
+from autocompress.optimize.improvement import Believed, Members, Region, nearest
+from autocompress.optimize.proposals import crossings, mixed, mutations
+from autocompress.optimize.surrogate import Fit, Surrogate
 
-MUTATIONS, CROSSINGS, POLICIES = 96, 48, 16  # candidates of each kind that are looked at
-MOST_CHANGED = 4  # variables that a mutation changes
-NEIGHBOUR = 0.7  # of the changes of a number are to the next one
+MUTATIONS, CROSSINGS, POLICIES = 64, 48, 40  # candidates of each kind that are looked at first
+CLIMBS, CLIMBERS, CLIMBED = 2, 12, 72  # times that the best so many are mutated, to so many
+PROPOSALS = 32  # kept for when the first ones mean what is known already
+NEAREST = 160  # trials that the process is of
 FEWEST_TRIALS = 6  # before, a crossing of what is known is as good a guess
 LOGARITHMIC = {"latency", "size", "memory", "energy"}
 SCALE = 0.1  # of an accuracy's loss, beyond which its logarithm counts, where no bound gives one
+MARGIN = 0.1  # of the front's extent that the reference is beyond it, where no bound gives one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,25 +68,27 @@ class SurrogateSampler(BaseSampler):
     ) -> None:
         self._variables = dict(variables)
         self._objectives = tuple(objectives)
+        self._logarithmic = np.array([name in LOGARITHMIC for name in objectives])
         self._pending = pending
         self._rng = np.random.default_rng(seed)
         self._independent = RandomSampler(seed=seed)
         self._distributions = {name: CategoricalDistribution(choices) for name, choices in variables.items()}
-        self._ranked: list[dict[str, Choice]] = []
-        self._ranked_at = -1
         self.guide(Guide())
 
     def guide(self, guide: Guide) -> None:
         """Begin anew with other knowledge; trials are learned again when they are next needed."""
         self._guide = guide
+        self._best = guide.best_accuracy
         self._encoding = Encoding(self._variables, guide.blocks)
-        self._additive = Additive(self._encoding, guide.effects)
-        self._rows: NDArray[np.intp] = np.empty((0, len(self._encoding.starts) - 1), np.intp)
-        self._losses: Array = np.empty((0, len(self._objectives)))
-        self._feasible: list[bool] = []
-        self._values: list[dict[str, Choice]] = []
-        self._learned: set[int] = set()
+        self._surrogate = Surrogate(self._encoding, guide.effects, len(self._objectives))
+        self._numbers: Rows = np.empty((0, len(self._variables)), np.intp)
+        self._losses: Array = np.empty((0, len(self._objectives)))  # in their own units
+        self._violations: Array = np.empty(0)
+        self._front = {True: Members(), False: Members()}  # of those that meet the limits, of the others
         self._known: set[bytes] = set()
+        self._learned: set[int] = set()
+        self._start = 0  # of the study's trials, the first that may not be finished
+        self._ranked: list[Rows] = []
         self._ranked_at = -1
 
     def infer_relative_search_space(
@@ -104,9 +110,9 @@ class SurrogateSampler(BaseSampler):
             return {}
         self._take_up(study)
         if self._ranked_at != len(self._learned) or not self._ranked:
-            self._ranked = self._rank()
+            self._ranked = list(self._rank()[:PROPOSALS][::-1])
             self._ranked_at = len(self._learned)
-        return dict(self._ranked.pop()) if self._ranked else {}
+        return self._encoding.values(self._ranked.pop())
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -116,141 +122,148 @@ class SurrogateSampler(BaseSampler):
 
     def _take_up(self, study: Study) -> None:
         """Learn the trials that were finished since."""
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        new = [t for t in complete if t.number not in self._learned and t.params.keys() == self._variables.keys()]
+        trials = study.get_trials(deepcopy=False)[self._start :]
+        complete = [t for t in trials if t.state == TrialState.COMPLETE and t.number not in self._learned]
+        self._start += next((i for i, t in enumerate(trials) if not t.state.is_finished()), len(trials))
         self._learned.update(t.number for t in complete)
+        new = [t for t in complete if t.params.keys() == self._variables.keys()]
         if not new:
             return
         signs = np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions])
         losses = np.array([t.values for t in new]) * signs
-        for k, name in enumerate(self._objectives):
-            if name in LOGARITHMIC:
-                losses[:, k] = np.log(np.maximum(losses[:, k], 1e-12))
-            else:
-                losses[:, k] = self._bent(losses[:, k])
-        rows = self._encoding.rows([t.params for t in new])
+        if self._best is None and "accuracy" in self._objectives:
+            self._best = -float(losses[:, self._objectives.index("accuracy")].min())
+        numbers = self._encoding.numbers([t.params for t in new])
+        rows = self._encoding.columns(numbers)
+        violations = np.array([sum(max(v, 0.0) for v in t.constraints.values()) for t in new])
+        for i, (loss, violation) in enumerate(zip(losses, violations, strict=True)):
+            self._front[bool(violation <= 0)].add(len(self._losses) + i, loss)
         self._known.update(row.tobytes() for row in rows)
-        self._values += [dict(t.params) for t in new]
-        self._feasible += [all(value <= 0 for value in (t.constraints or {}).values()) for t in new]
-        self._rows = np.vstack([self._rows, rows])
+        self._numbers = np.vstack([self._numbers, numbers])
         self._losses = np.vstack([self._losses, losses])
-        self._additive.learn(rows, losses)
+        self._violations = np.concatenate([self._violations, violations])
+        self._surrogate.learn(rows, self._bent(losses))
 
     def _scale(self) -> float:
         """The loss of accuracy that matters: twice as much as that is not twice as bad."""
-        best = self._guide.best_accuracy
-        bound = self._guide.bounds.get("accuracy")
+        best, bound = self._best, self._guide.bounds.get("accuracy")
         return SCALE if best is None or bound is None else max(best - bound, 1e-6)
 
-    def _bent(self, loss: Any) -> Any:
-        """Accuracy's loss, negated accuracy, on a scale that is even for small losses and slow for large ones."""
-        scale = self._scale()
-        lost = loss + (self._guide.best_accuracy or 0.0)
-        return np.sign(lost) * scale * np.log1p(np.abs(lost) / scale)
+    def _bent(self, losses: Array) -> Array:
+        """What the surrogate learns: logarithms of costs; accuracy's loss, even while small and slow when large."""
+        lost, scale = losses + (self._best or 0.0), self._scale()
+        bent = np.sign(lost) * scale * np.log1p(np.abs(lost) / scale)
+        return np.where(self._logarithmic, np.log(np.maximum(losses, 1e-12)), bent)
 
-    def _reference(self) -> Array:
-        """The worst of what is of use, of each objective: as the bounds say, or the worst known."""
-        worst = self._losses.max(0)
+    def _straight(self, believed: Believed, reference: Array) -> Believed:
+        """Back in the objectives' own units, along the tangent at the mean, or at the reference where that is worse.
+
+        What is beyond the reference is only of interest for its chance to be within.
+        """
+        at = np.minimum(believed.mean, self._bent(reference[None]))
+        scale = self._scale()
+        cost = np.exp(np.where(self._logarithmic, at, 0.0))
+        grown = np.exp(np.where(self._logarithmic, 0.0, np.abs(at) / scale))
+        value = np.where(self._logarithmic, cost, np.sign(at) * scale * (grown - 1) - (self._best or 0.0))
+        slope = np.where(self._logarithmic, cost, grown)
+        return Believed(mean=value + slope * (believed.mean - at), deviation=slope * believed.deviation)
+
+    def _rank(self) -> Rows:
+        """Candidates that nobody proposed, the best one first; any where there is none."""
+        rng, encoding = self._rng, self._encoding
+        if not len(self._numbers):
+            return rng.integers(0, encoding.sizes, (PROPOSALS, len(encoding.sizes)))
+        front = self._parents()
+        parents = self._numbers[front]
+        found = self._near(parents, MUTATIONS, CROSSINGS)
+        if len(self._numbers) < FEWEST_TRIALS:
+            fresh = self._fresh(found, set())
+            return rng.permutation(fresh if len(fresh) else found)
+        near = np.arange(len(self._losses))
+        if len(near) > NEAREST:
+            near = nearest(self._surrogate.losses, self._surrogate.losses[front], NEAREST)
+        fit = self._surrogate.fit(near)
+        seen: set[bytes] = set()
+        gain = self._gain(fit, front, seen)
+        found = self._fresh(np.vstack([found, self._policies(fit, front)]), seen)
+        gains = gain(found)
+        for _ in range(CLIMBS):
+            best = found[np.argsort(-gains, kind="stable")[:CLIMBERS]]
+            more = self._fresh(self._near(best, CLIMBED, 0), seen) if len(best) else best
+            found, gains = np.vstack([found, more]), np.concatenate([gains, gain(more)])
+        order = np.argsort(-gains, kind="stable")
+        return found[order] if len(found) else self._near(parents, PROPOSALS, 0)
+
+    def _near(self, parents: Rows, mutated: int, crossed: int) -> Rows:
+        """Mutations and crossings of parents in order; a lone parent is mutated only."""
+        made = mutations(parents, self._encoding.sizes, self._encoding.ordered, mutated, self._rng)
+        if len(parents) < 2 or not crossed:
+            return made
+        return np.vstack([made, crossings(parents, crossed, self._rng)])
+
+    def _fresh(self, candidates: Rows, seen: set[bytes]) -> Rows:
+        """Those that mean what no trial and none in `seen` means, which is extended."""
+        keep = []
+        for i, row in enumerate(self._encoding.columns(candidates)):
+            key = row.tobytes()
+            if key not in self._known and key not in seen:
+                seen.add(key)
+                keep.append(i)
+        return candidates[keep]
+
+    def _policies(self, fit: Fit, front: Sequence[int]) -> Rows:
+        """What the sum of single choices, or one as likely, thinks best, for as many weights of the objectives."""
+        rng, base = self._rng, self._rng.choice(front, POLICIES)
+        losses = self._surrogate.losses[front]
+        unit = np.maximum(np.ptp(losses, axis=0), 1e-6)
+        weights = rng.dirichlet(np.full(losses.shape[1], 0.7), POLICIES) / unit
+        draws = rng.standard_normal((POLICIES, fit.size)) * (np.arange(POLICIES) % 4 > 1)[:, None]
+        scores = fit.single(weights, self._surrogate.rows[base], draws)
+        around = self._numbers[base]
+        return mixed(around, self._encoding.best(scores, around), rng)
+
+    def _gain(self, fit: Fit, front: Sequence[int], seen: set[bytes]) -> Callable[[Rows], Array]:
+        """What candidates are expected to add to the front; what is pending counts as if it came as predicted.
+
+        Rows of what is pending go into `seen`.
+        """
+        points, reference = self._losses[front], self._reference(front)
+        if theirs := [v for v in self._pending() if v.keys() == self._variables.keys()]:
+            rows = self._encoding.rows(theirs)
+            seen.update(row.tobytes() for row in rows)
+            points = np.vstack([points, self._straight(fit.predict(rows), reference).mean])
+        region = Region(points, reference)
+
+        def gain(candidates: Rows) -> Array:
+            if not len(candidates):
+                return np.empty(0)
+            believed = self._straight(fit.predict(self._encoding.columns(candidates)), reference)
+            gains = region.expected_gain(believed)
+            if gains.any():
+                return gains
+            short = np.maximum(believed.mean - reference, 0.0) / np.maximum(np.abs(reference), 1e-12)
+            missing: Array = -short.sum(1)  # nothing can be of use yet: what is the nearest to that
+            return missing
+
+        return gain
+
+    def _reference(self, front: Sequence[int]) -> Array:
+        """The worst of what is of use, of each objective: as the bounds say, or a little beyond the front."""
+        losses = self._losses[front]
+        extent = np.maximum(np.ptp(losses, axis=0), 0.01 * np.abs(losses).max(0) + 1e-12)
+        found: Array = losses.max(0) + MARGIN * extent
         for k, name in enumerate(self._objectives):
             if name in self._guide.bounds:
                 bound = self._guide.bounds[name]
-                worst[k] = np.log(max(bound, 1e-12)) if name in LOGARITHMIC else self._bent(-bound)
-        found: Array = worst
+                found[k] = bound if self._logarithmic[k] else -bound
         return found
 
-    def _rank(self) -> list[dict[str, Choice]]:
-        """Candidates, the best one last."""
-        if len(self._values) < FEWEST_TRIALS:
-            return self._shuffled(self._crossings(self._parents(), CROSSINGS))
-        parents = self._parents()
-        candidates = self._mutations(parents, MUTATIONS) + self._crossings(parents, CROSSINGS)
-        policies = self._policies()
-        candidates += policies + self._mutations(policies, POLICIES)
-        rows = self._encoding.rows(candidates)
-        fresh = {key: i for i, row in enumerate(rows) if (key := row.tobytes()) not in self._known}
-        if not fresh:
-            return self._shuffled(candidates)
-        chosen = list(fresh.values())
-        gains = self._gains(rows[chosen])
-        return [candidates[chosen[i]] for i in np.argsort(gains, kind="stable")]
-
-    def _gains(self, rows: NDArray[np.intp]) -> Array:
-        losses, reference = self._losses, self._reference()
-        some = nearest(losses, NEAREST)
-        process = Process(self._rows[some], losses[some] - self._additive.predict(self._rows[some]))
-        believed = process.predict(rows)
-        believed.mean[:] += self._additive.predict(rows)
-        front = self._losses[self._usable()]
-        if pending := [v for v in self._pending() if v.keys() == self._variables.keys()]:
-            theirs = self._encoding.rows(pending)
-            front = np.vstack([front, self._additive.predict(theirs) + process.predict(theirs).mean])
-        # Per objective one unit is what separates the reference from the best: no objective counts for more.
-        best = losses.min(0)
-        unit = np.maximum(reference - best, 1e-9)
-        believed.mean[:] = (believed.mean - best) / unit
-        believed.deviation[:] = believed.deviation / unit
-        return expected_gain(believed, (front - best) / unit, (reference - best) / unit)
-
-    def _usable(self) -> NDArray[np.bool_]:
-        """Feasible trials, all where none is."""
-        feasible = np.array(self._feasible)
-        return feasible if feasible.any() else np.ones(len(feasible), bool)
-
-    def _parents(self) -> list[dict[str, Choice]]:
-        """The front of what is usable and within the bounds, as far as there is any."""
-        if not self._values:
-            return [{name: choices[0] for name, choices in self._variables.items()}]
-        numbers = np.flatnonzero(self._usable())
-        within = numbers[(self._losses[numbers] <= self._reference()).all(1)]
-        numbers = within if len(within) else numbers
-        on = numbers[nondominated(self._losses[numbers])]
-        return [self._values[i] for i in on[np.argsort(self._losses[on, -1], kind="stable")]]
-
-    def _mutations(self, parents: Sequence[Mapping[str, Choice]], count: int) -> list[dict[str, Choice]]:
-        """Parents in turn, a few variables of each changed."""
-        names = list(self._variables)
-        found = []
-        for i in range(count):
-            values = dict(parents[i % len(parents)])
-            changed = min(int(self._rng.geometric(0.5)), MOST_CHANGED)
-            for j in self._rng.integers(len(names), size=changed).tolist():
-                values[names[j]] = self._other(names[j], values[names[j]])
-            found.append(values)
-        return found
-
-    def _other(self, name: str, now: Choice) -> Choice:
-        choices = self._variables[name]
-        place = choices.index(now)
-        ordered = all(isinstance(c, int | float) for c in choices)
-        if ordered and self._rng.random() < NEIGHBOUR:
-            steps = [i for i in (place - 1, place + 1) if 0 <= i < len(choices)]
-            return choices[steps[int(self._rng.integers(len(steps)))]]
-        others = [i for i in range(len(choices)) if i != place]
-        return choices[others[int(self._rng.integers(len(others)))]]
-
-    def _crossings(self, parents: Sequence[Mapping[str, Choice]], count: int) -> list[dict[str, Choice]]:
-        """Two neighbours on the front, each variable from one of them; a lone parent is mutated."""
-        if len(parents) < 2:
-            return self._mutations(parents, count)
-        found = []
-        for i in range(count):
-            first = i % len(parents)
-            second = min(len(parents) - 1, max(0, first + int(self._rng.choice([-2, -1, 1, 2]))))
-            one, other = parents[first], parents[second]
-            mask = self._rng.random(len(self._variables)) < 0.5
-            found.append({n: (one if m else other)[n] for n, m in zip(self._variables, mask, strict=True)})
-        return found
-
-    def _policies(self) -> list[dict[str, Choice]]:
-        """What the sum of single choices thinks best, for as many weights of the objectives."""
-        unit = np.maximum(self._reference() - self._losses.min(0), 1e-9)
-        base = self._parents()
-        around = self._encoding.rows(base)
-        found = []
-        for weight in self._rng.dirichlet(np.ones(len(self._objectives)), POLICIES):
-            values = dict(base[int(self._rng.integers(len(base)))])
-            found.append(values | self._encoding.best(self._additive.single(weight / unit, around)))
-        return found
-
-    def _shuffled(self, candidates: list[dict[str, Choice]]) -> list[dict[str, Choice]]:
-        return [candidates[i] for i in self._rng.permutation(len(candidates))]
+    def _parents(self) -> list[int]:
+        """The front of what is feasible, as far as it is within the bounds; where nothing is, the nearest to that."""
+        front = self._front[True].numbers
+        if not front:
+            least = np.argsort(self._violations, kind="stable")[:CLIMBERS]
+            front = sorted(set(self._front[False].numbers) & set(least.tolist())) or least.tolist()
+        reference = self._reference(front)
+        within = [i for i in front if (self._losses[i] <= reference).all()]
+        return sorted(within or front, key=lambda i: self._losses[i, -1])

@@ -139,7 +139,9 @@ class Study:
         return SurrogateSampler(self.variables, self.objectives, seed=seed, pending=self._tried_elsewhere)
 
     def _tried_elsewhere(self) -> list[Values]:
-        return [] if self._claims is None else list(self._claims.of_others().values())
+        """What others ask for; what they bring to another rung is in the record already."""
+        theirs = {} if self._claims is None else self._claims.of_others()
+        return [values for key, values in theirs.items() if values and self._digest(values) == key]
 
     def values(self, number: int) -> dict[str, Choice]:
         """The values that a finished trial was made from."""
@@ -193,8 +195,8 @@ class Study:
         """
         digest = self._digest(values)
         generation = self._asked.pop(digest, 0)
-        # The vendor's own file is no lowering of ours: breeding from it would expect what we cannot make.
-        system = {} if trial.role == "uniform-int8" else {generation_key(): generation}
+        learned = trial.rung == "oneshot" and trial.role != "uniform-int8"
+        system = {generation_key(): generation} if learned else {}
         token = uuid.uuid4().hex
         frozen = encode(
             trial,
@@ -257,7 +259,8 @@ class Study:
             self._seen.add(trial.candidate.digest)
         if trial.role == "candidate":
             self._seen.add(self._digest(frozen.params))
-        if frozen.state == TrialState.COMPLETE:
+        # The vendor's own file is no lowering of ours: breeding from it would expect what we cannot make.
+        if frozen.state == TrialState.COMPLETE and trial.role != "uniform-int8":
             self._mirror.add_trial(
                 create_trial(
                     values=frozen.values,

@@ -1,290 +1,237 @@
 """What trials teach of the others: a sum of single choices, and a Gaussian process over what that leaves.
 
-All is minimised here. Accuracy is negated; costs are logarithms, since what a choice does to them is a factor.
+All is minimised here. The sum is a ridge regression whose normal equations grow with each trial. The trials nearest to
+the front are taken out of them and become the points of a process, whose prior mean and covariance are what the others
+say of the sum, plus a kernel of how many choices differ. So the doubt about the sum is a part of the doubt about a
+candidate, and what far trials say yields to what near ones say.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autocompress.core.front import nondominated
-from autocompress.core.space import INHERIT, Choice, Values
+from autocompress.optimize.encoding import Array, Encoding, Rows
+from autocompress.optimize.improvement import Believed
 
-Array = NDArray[np.float64]
-Rows = NDArray[np.intp]
-
-RIDGE = 0.3  # a choice that was seen once counts for three quarters of what it seems to do
-PRIOR_RIDGE = 0.02  # the sums of effects are not shrunk as much: a few coefficients have to learn their scale
+Effects = Mapping[str, Mapping[str, tuple[float, float]]]
 SCALES = (0.003, 0.03)  # of the sum of all losses, around which accuracy may give way
 LEAST_SHARE = 0.05  # of the latency is left at least, whatever the sum of effects says
-NEAREST = 128  # trials that the process is of
-LENGTHS = (1.0, 3.0, 10.0)  # of the kernel, in variables that differ
-NOISES = (0.05, 0.5)  # share of the residuals' variance that no variable explains
-WIDEST_FRONT = 24  # points that boxes are made of with four objectives and more
+FAR = 0.1  # weight of a trial that is not among the nearest
+CONSTANT = 30.0  # prior deviation of the constant; that of a single choice is 1
+TRUST = 2.0  # prior deviation of what effects explain, over that of what all single choices do
+# For the kernel, in shares of the number of variables: variance and noise over that of a single choice, and length.
+VARIANCES = (0.001, 0.01, 0.03, 0.1, 0.3)
+NOISES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+LENGTHS = (0.03, 0.1, 0.3, 1.0)
+QUICK = 80  # up to so many trials, a fit is so quick that it may look at SEARCHES settings
+SEARCHES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Believed:
-    """Means and standard deviations of objectives, `[candidates, objectives]`."""
+class Kernel:
+    """Places in VARIANCES, NOISES and LENGTHS."""
 
-    mean: Array
-    deviation: Array
-
-
-class Encoding:
-    """Values as numbers of choices: one column for each variable, what a layer takes over from its block resolved."""
-
-    def __init__(self, variables: Mapping[str, tuple[Choice, ...]], blocks: Mapping[str, str]) -> None:
-        """`blocks` tells each layer's block; a layer whose variable says "block" has the choice of that."""
-        self.variables = dict(variables)
-        self._of_block = {
-            f"layer:{layer}": f"precision:{block}"
-            for layer, block in blocks.items()
-            if f"layer:{layer}" in variables and f"precision:{block}" in variables
-        }
-        covered = self._covered(blocks)
-        self._columns: dict[str, dict[Choice, int]] = {}
-        for name, choices in self.variables.items():
-            if name in covered:
-                continue
-            own = [c for c in choices if not (name in self._of_block and c == INHERIT)]
-            if name in self._of_block:
-                own += [c for c in self.variables[self._of_block[name]] if c not in own]
-            self._columns[name] = {choice: i for i, choice in enumerate(own)}
-        self._choices = {name: list(known) for name, known in self._columns.items()}
-        sizes = [len(own) for own in self._columns.values()]
-        self._places = np.arange(max(sizes, default=0)) < np.array(sizes, np.intp)[:, None]
-        self.starts: Rows = np.concatenate([[0], np.cumsum(sizes)]).astype(np.intp)
-
-    def _covered(self, blocks: Mapping[str, str]) -> set[str]:
-        """Blocks whose every layer has a variable of its own: they say nothing that their layers do not."""
-        layers: dict[str, list[str]] = {}
-        for layer, block in blocks.items():
-            layers.setdefault(f"precision:{block}", []).append(f"layer:{layer}")
-        return {block for block, own in layers.items() if all(name in self._of_block for name in own)}
-
-    @property
-    def size(self) -> int:
-        """Columns of a one-hot row."""
-        return int(self.starts[-1])
-
-    def rows(self, many: Sequence[Values]) -> Rows:
-        """For each of `many`, the one-hot column of each variable, `[many, variables]`."""
-        found = np.empty((len(many), len(self._columns)), np.intp)
-        for j, (name, known) in enumerate(self._columns.items()):
-            first, block = self.variables[name][0], self._of_block.get(name)
-            if block is None:
-                found[:, j] = [known.get(values.get(name, first), 0) for values in many]
-                continue
-            fallback = self.variables[block][0]
-            own = (values.get(name, first) for values in many)
-            found[:, j] = [
-                known.get(values.get(block, fallback) if value == INHERIT else value, 0)
-                for value, values in zip(own, many, strict=True)
-            ]
-        return found + self.starts[:-1]
-
-    def best(self, scores: Array) -> dict[str, Choice]:
-        """For each variable the choice whose column has the lowest of `scores`, `[columns]`."""
-        padded = np.full(self._places.shape, np.inf)
-        padded[self._places] = scores
-        chosen = np.argmin(padded, axis=1).tolist()
-        found: dict[str, Choice] = {}
-        for (name, choices), i in zip(self._choices.items(), chosen, strict=True):
-            found[name] = choices[i] if choices[i] in self.variables[name] else INHERIT
-        return found
-
-    def summed(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> Array:
-        """For each one-hot column what its choice alone does to accuracy and to latency, `[columns, 2]`."""
-        found = np.zeros((self.size, 2))
-        for j, (name, known) in enumerate(self._columns.items()):
-            own = {**effects.get(self._of_block.get(name, ""), {}), **effects.get(name, {})}
-            for choice, i in known.items():
-                found[self.starts[j] + i] = own.get(str(choice), (0.0, 0.0))
-        return found
+    variance: int = 2
+    noise: int = 2
+    length: int = 1
 
 
-class Additive:
-    """Ridge regression on single choices and sums of effects, brought up to date with each trial.
+class Surrogate:
+    """Learns losses, `[trials, objectives]`, of columns, `[trials, own]`.
 
     Attributes:
-        coefficients: `[columns + dense, objectives]`.
+        rows, losses: what was learned.
         effects: `[columns, 2]`: loss of each choice, all of them together being 1, and change of latency.
     """
 
-    def __init__(self, encoding: Encoding, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    def __init__(self, encoding: Encoding, effects: Effects, objectives: int) -> None:
+        self.rows: Rows = np.empty((0, len(encoding.known)), np.intp)
+        self.losses: Array = np.empty((0, objectives))
         self.effects = encoding.summed(effects)
         self.effects[:, 0] /= max(float(self.effects[:, 0].sum()), 1e-12)
-        self._columns = encoding.size
-        size = encoding.size + len(self.dense(np.zeros((1, 0), np.intp))[0])
+        self._told = bool(self.effects.any())
+        # The first choice of each variable is what the others are compared with; its column is left out.
+        first = np.zeros(encoding.size, bool)
+        first[encoding.starts[:-1]] = True
+        self._place = np.where(first, int((~first).sum()), np.cumsum(~first) - 1)
+        self._ones = int((~first).sum())
+        self._shared = encoding.shared()
+        self._unit = self._units(encoding)
+        size = self._ones + len(self._unit) + 1
         self._gram = np.zeros((size, size))
-        self._slope: Array | None = None
-        self._penalty = np.full(size, PRIOR_RIDGE)
-        self._penalty[: encoding.size], self._penalty[-1] = RIDGE, 1e-6
-        self.coefficients: Array = np.zeros((size, 0))
+        self._slope = np.zeros((size, objectives))
+        self._kernels = [Kernel() for _ in range(objectives)]
+        self._turn = 0
 
-    def dense(self, rows: Rows) -> Array:
-        """The features that are not one-hot: how accuracy and latency follow sums of effects, and the constant."""
+    def _units(self, encoding: Encoding) -> Array:
+        """What makes each sum vary as much as TRUST says, over candidates drawn at random."""
+        rng = np.random.default_rng(0)
+        drawn = encoding.columns(rng.integers(0, encoding.sizes, (256, len(encoding.sizes))))
+        spread = self._sums(drawn).std(0)
+        units: Array = TRUST * np.sqrt(len(encoding.known)) / np.where(spread > 1e-9, spread, np.inf)
+        return units
+
+    def _sums(self, rows: Rows) -> Array:
+        """How often each choice of each kind is there, and how accuracy and latency may follow sums of effects."""
+        counts: Array = self._shared[rows].sum(1)
+        if not self._told:
+            return counts
         loss, cost = self.effects[rows].sum(1).T
-        bent = [np.log1p(loss / scale) for scale in SCALES]
-        left = np.log(np.maximum(1 + cost, LEAST_SHARE))
-        return np.column_stack([loss, *bent, left, np.ones(len(rows))])
+        bent = [np.log1p(np.maximum(loss, 0.0) / scale) for scale in SCALES]
+        return np.column_stack([counts, loss, *bent, np.log(np.maximum(1 + cost, LEAST_SHARE))])
+
+    def features(self, rows: Rows) -> Array:
+        """`[rows, features]`: which choices, sums over all variables, the constant."""
+        found = np.zeros((len(rows), len(self._gram)))
+        found[np.arange(len(rows))[:, None], self._place[rows]] = 1.0  # a first choice: where the next feature begins
+        found[:, self._ones : -1] = self._sums(rows) * self._unit
+        found[:, -1] = CONSTANT
+        return found
 
     def learn(self, rows: Rows, losses: Array) -> None:
-        """Take up trials, `[trials, variables]` and `[trials, objectives]`."""
-        if self._slope is None:
-            self._slope = np.zeros((len(self._gram), losses.shape[1]))
-        features = self._features(rows)
+        """Take up trials, each once."""
+        features = self.features(rows)
         self._gram += features.T @ features
         self._slope += features.T @ losses
-        self.coefficients = np.linalg.solve(self._gram + np.diag(self._penalty), self._slope).astype(np.float64)
+        self.rows = np.vstack([self.rows, rows])
+        self.losses = np.vstack([self.losses, losses])
 
-    def predict(self, rows: Rows) -> Array:
-        """`[rows, objectives]`."""
-        own = self.coefficients[: self._columns][rows].sum(1)
-        found: Array = own + self.dense(rows) @ self.coefficients[self._columns :]
-        return found
+    def fit(self, near: Rows) -> "Fit":
+        """What is believed now, with the trials `near`, by number, as points of the process."""
+        features, losses = self.features(self.rows[near]), self.losses[near]
+        centre = losses.mean(0)
+        one = self._gram[:, -1:] / CONSTANT  # sum of all features
+        gram = FAR * (self._gram - features.T @ features)
+        gram.flat[:: len(gram) + 1] += 1.0
+        spread = np.linalg.inv(gram).astype(np.float64)
+        left = self._slope - one * centre - features.T @ (losses - centre)
+        mean = FAR * (spread @ left)
+        rest = losses - centre - features @ mean
+        linear = (features @ spread) @ features.T
+        apart = _apart(self.rows[near], self.rows[near])
+        scale = len(self.rows[0])
+        posteriors = [self._settle(k, linear, apart, rest[:, k], scale) for k in range(losses.shape[1])]
+        self._turn += 1
+        return Fit(self, near, features, spread, centre, mean, posteriors)
 
-    def single(self, weights: Array, around: Rows) -> Array:
-        """What each choice adds to the weighted objectives, near the candidates `around`, `[columns]`."""
-        slopes = self.coefficients[self._columns :] @ weights
-        loss, cost = self.effects[around].sum(1).mean(0)
-        of_loss = slopes[0] + sum(s / (scale + loss) for s, scale in zip(slopes[1:], SCALES, strict=False))
-        of_cost = slopes[1 + len(SCALES)] / max(1 + cost, LEAST_SHARE)
-        found: Array = self.coefficients[: self._columns] @ weights + self.effects @ np.array([of_loss, of_cost])
-        return found
+    def _settle(self, k: int, linear: Array, apart: Array, rest: Array, scale: int) -> "Posterior":
+        """The likelier of the kernel in use and of others a step away; of few trials many, of many one objective's."""
+        best = Posterior.of(self._kernels[k], linear, apart, rest, scale)
+        objectives = len(self._kernels)
+        if len(rest) <= QUICK:
+            turns = range(self._turn * SEARCHES, (self._turn + 1) * SEARCHES)
+        else:
+            turns = range(self._turn // objectives, self._turn // objectives + (self._turn % objectives == k))
+        for turn in turns:
+            other = _step(self._kernels[k], turn)
+            found = Posterior.of(other, linear, apart, rest, scale) if other != self._kernels[k] else best
+            if found.likelihood > best.likelihood:
+                best, self._kernels[k] = found, other
+        return best
 
-    def _features(self, rows: Rows) -> Array:
-        found = np.zeros((len(rows), len(self._gram)))
-        found[np.arange(len(rows))[:, None], rows] = 1.0
-        found[:, self._columns :] = self.dense(rows)
-        return found
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posterior:
+    """One objective's process, given its points."""
+
+    kernel: Kernel
+    scale: int
+    likelihood: float
+    amplitude: float
+    inverse: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, kernel: Kernel, linear: Array, apart: Array, rest: Array, scale: int) -> "Posterior":
+        """Its amplitude is the likeliest one."""
+        count = len(rest)
+        variance, noise, length = _numbers(kernel, scale)
+        whole = linear + variance * np.exp(-apart / length)
+        whole.flat[:: count + 1] += noise
+        inverse: Array = np.linalg.inv(whole).astype(np.float64)
+        weights = inverse @ rest
+        amplitude = max(float(rest @ weights) / count, 1e-16)
+        half = float(np.log(np.diagonal(np.linalg.cholesky(whole))).sum())
+        likelihood = -0.5 * count * float(np.log(amplitude)) - half
+        return cls(
+            kernel=kernel, scale=scale, likelihood=likelihood, amplitude=amplitude, inverse=inverse, weights=weights
+        )
 
 
-class Process:
-    """A Gaussian process over residuals of the trials nearest to the front, by how many variables differ."""
+class Fit:
+    """What is believed of candidates. `size` is the number of features."""
 
-    def __init__(self, rows: Rows, residuals: Array) -> None:
-        """`rows` `[trials, variables]`, `residuals` `[trials, objectives]`."""
-        self._rows = rows
-        apart = _apart(rows, rows)
-        spectra = {length: np.linalg.eigh(np.exp(-apart / length)) for length in LENGTHS}
-        self._fits = [_likeliest(spectra, residual) for residual in residuals.T]
+    def __init__(
+        self, of: Surrogate, near: Rows, features: Array, spread: Array, centre: Array, mean: Array,
+        posteriors: list[Posterior],
+    ) -> None:  # fmt: skip
+        self._of = of
+        self._rows = of.rows[near]
+        self._centre = centre
+        self._mean = mean
+        self._posteriors = posteriors
+        self._spread = spread
+        self._across = spread @ features.T
+        self.size = len(spread)
 
     def predict(self, rows: Rows) -> Believed:
-        """Means and deviations of the residuals of other candidates."""
+        """Means and deviations of the losses of `rows`, `[rows, objectives]`, without the noise of measuring them."""
+        features = self._of.features(rows)
+        linear = features @ self._across
+        own = np.einsum("ij,ij->i", features @ self._spread, features)
         apart = _apart(rows, self._rows)
-        means, deviations = [], []
-        for length, variance, noise, inverse, weighted in self._fits:
-            near = np.exp(-apart / length)
-            means.append(near @ weighted)
-            left = 1 - ((near @ inverse) * near).sum(1)
-            deviations.append(np.sqrt(variance * np.maximum(left, noise)))
-        return Believed(mean=np.column_stack(means), deviation=np.column_stack(deviations))
+        means = features @ self._mean + self._centre
+        deviations = np.empty_like(means)
+        for k, posterior in enumerate(self._posteriors):
+            variance, _, length = _numbers(posterior.kernel, posterior.scale)
+            near = linear + variance * np.exp(-apart / length)
+            means[:, k] += near @ posterior.weights
+            left = own + variance - np.einsum("ij,ij->i", near @ posterior.inverse, near)
+            deviations[:, k] = np.sqrt(posterior.amplitude * np.maximum(left, 0.0))
+        return Believed(mean=means, deviation=deviations)
+
+    def single(self, weights: Array, around: Rows, draws: Array | None = None) -> Array:
+        """What each choice adds to the weighted objectives near each of `around`, `[around, columns]`.
+
+        Args:
+            weights: `[around, objectives]`.
+            draws: standard normal, `[around, features]`: each time other coefficients, as likely as is believed.
+        """
+        told = self._of
+        believed = self._mean + self._across @ np.column_stack([p.weights for p in self._posteriors])
+        slopes = weights @ believed.T
+        if draws is not None:
+            amplitude = np.sqrt([p.amplitude for p in self._posteriors])
+            doubt = np.sqrt(np.maximum(np.diagonal(self._spread), 0.0))
+            slopes = slopes + draws * doubt * (weights @ amplitude)[:, None]
+        padded = np.column_stack([slopes[:, : told._ones], np.zeros(len(around))])
+        found = padded[:, told._place]
+        sums = slopes[:, told._ones : -1] * told._unit
+        kinds = told._shared.shape[1]
+        found = found + sums[:, :kinds] @ told._shared.T
+        if told._told:
+            loss, cost = told.effects[around].sum(1).T
+            of_loss = sums[:, kinds] + sum(
+                sums[:, kinds + 1 + i] / (s + np.maximum(loss, 0.0)) for i, s in enumerate(SCALES)
+            )
+            of_cost = sums[:, -1] / np.maximum(1 + cost, LEAST_SHARE)
+            found = found + np.outer(of_loss, told.effects[:, 0]) + np.outer(of_cost, told.effects[:, 1])
+        return found
 
 
-def _likeliest(
-    spectra: Mapping[float, tuple[Array, Array]], residual: Array
-) -> tuple[float, float, float, Array, Array]:
-    """Length, variance, noise, inverse of the kernel and weights, of the length and noise that explain most."""
-    best: tuple[float, float, float, float] | None = None
-    for length, (values, vectors) in spectra.items():
-        turned = vectors.T @ residual
-        for noise in NOISES:
-            spectrum = np.maximum(values, 0.0) + noise
-            variance = max(float((turned**2 / spectrum).mean()), 1e-12)
-            likelihood = -0.5 * float(len(residual) * np.log(variance) + np.log(spectrum).sum())
-            if best is None or likelihood > best[0]:
-                best = (likelihood, length, variance, noise)
-    assert best is not None
-    _, length, variance, noise = best
-    values, vectors = spectra[length]
-    inverse = (vectors / (np.maximum(values, 0.0) + noise)) @ vectors.T
-    return length, variance, noise, inverse, inverse @ residual
+def _numbers(kernel: Kernel, scale: int) -> tuple[float, float, float]:
+    """Variance, noise and length."""
+    return scale * VARIANCES[kernel.variance], scale * NOISES[kernel.noise], max(1.0, scale * LENGTHS[kernel.length])
 
 
-def nearest(losses: Array, count: int) -> NDArray[np.intp]:
-    """The `count` rows of `[trials, objectives]` that need the least improvement to be on the front."""
-    if len(losses) <= count:
-        return np.arange(len(losses))
-    span = np.ptp(losses, axis=0)
-    scaled = losses / np.where(span > 0, span, 1.0)
-    front = scaled[nondominated(scaled)]
-    front = front[np.linspace(0, len(front) - 1, min(len(front), WIDEST_FRONT)).astype(int)]
-    missing = (scaled[:, None] - front[None]).min(2).max(1)
-    return np.argsort(missing, kind="stable")[:count]
-
-
-def expected_gain(believed: Believed, front: Array, reference: Array) -> Array:
-    """Expected hypervolume improvement of each candidate over `front` up to `reference`, `[candidates]`.
-
-    Exact for independent normal objectives: the region that the front does not dominate is cut into boxes, and over
-    each the expectation is a product (Emmerich et al., 2006; Yang et al., 2019).
-
-    Args:
-        front: `[points, objectives]`, of which dominated ones and those beyond `reference` do not matter.
-    """
-    inside = front[(front < reference).all(1)].reshape(-1, len(reference))
-    inside = inside[nondominated(inside)]
-    if inside.shape[1] > 3 and len(inside) > WIDEST_FRONT:
-        order = np.argsort(inside[:, 0], kind="stable")
-        inside = inside[order[np.linspace(0, len(order) - 1, WIDEST_FRONT).astype(int)]]
-    low, high = _boxes(inside, reference)
-    gain = np.ones((len(believed.mean), len(low)))
-    for k in range(len(reference)):
-        mean, deviation = believed.mean[:, k], believed.deviation[:, k]
-        gain *= _below(high[:, k], mean, deviation) - _below(low[:, k], mean, deviation)
-    total: Array = gain.sum(1)
-    return np.maximum(total, 0.0)
-
-
-def _boxes(front: Array, reference: Array) -> tuple[Array, Array]:
-    """Lower and upper corners of boxes that fill what `front` does not dominate, below `reference`.
-
-    No point of `front` dominates another one, and there are two objectives at least.
-    """
-    if front.shape[1] == 2:
-        x, y = front[np.argsort(front[:, 0])].T
-        low = np.column_stack([np.concatenate([[-np.inf], x]), np.full(len(x) + 1, -np.inf)])
-        return low, np.column_stack([np.append(x, reference[0]), np.concatenate([reference[1:], y])])
-    edges = np.concatenate([[-np.inf], np.unique(front[:, -1]), reference[-1:]])
-    lows, highs = [], []
-    for bottom, top in itertools.pairwise(edges):
-        below = front[front[:, -1] <= bottom][:, :-1]
-        below = below[nondominated(below)]
-        low, high = _boxes(below, reference[:-1])
-        lows.append(np.column_stack([low, np.full(len(low), bottom)]))
-        highs.append(np.column_stack([high, np.full(len(high), top)]))
-    return np.vstack(lows), np.vstack(highs)
-
-
-def _below(edge: Array, mean: Array, deviation: Array) -> Array:
-    """E[max(0, edge − x)] for normal x, `[candidates, edges]`; 0 at −∞."""
-    finite = np.where(np.isfinite(edge), edge, 0.0)
-    gap = finite[None] - mean[:, None]
-    spread = np.maximum(deviation, 1e-12)[:, None]
-    z = gap / spread
-    density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
-    found: Any = gap * _normal(z) + spread * density
-    return np.where(np.isfinite(edge)[None], np.maximum(found, 0.0), 0.0)
-
-
-def _normal(z: Array) -> Array:
-    """The normal distribution function, to 1.2e-7 (Numerical Recipes' erfc)."""
-    x = np.abs(z) / np.sqrt(2)
-    t = 1 / (1 + 0.5 * x)
-    terms = (-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587,
-             -0.82215223, 0.17087277)  # fmt: skip
-    total = np.zeros_like(t)
-    for term in reversed(terms):
-        total = total * t + term
-    tail = 0.5 * t * np.exp(-x * x + total)
-    found: Array = np.where(z > 0, 1 - tail, tail)
-    return found
+def _step(kernel: Kernel, turn: int) -> Kernel:
+    """The kernel a step away, in the direction whose turn it is; itself where there is no such step."""
+    name, grid = (("variance", VARIANCES), ("noise", NOISES), ("length", LENGTHS))[turn % 3]
+    place = getattr(kernel, name) + (1 if turn // 3 % 2 else -1)
+    changes: dict[str, Any] = {name: place}
+    return replace(kernel, **changes) if 0 <= place < len(grid) else kernel
 
 
 def _apart(one: Rows, other: Rows) -> Array:
@@ -295,7 +242,7 @@ def _apart(one: Rows, other: Rows) -> Array:
     return found
 
 
-def _one_hot(rows: Rows, size: int) -> NDArray[np.float32]:
+def _one_hot(rows: Rows, size: int) -> Any:
     found = np.zeros((len(rows), size), np.float32)
     found[np.arange(len(rows))[:, None], rows] = 1.0
     return found

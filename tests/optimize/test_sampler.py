@@ -1,5 +1,6 @@
 """Properties of the sampler, on the formula of tests/scripted.py."""
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -145,13 +146,47 @@ def test_infeasible_trials_are_no_parents_while_there_are_others() -> None:
     sampler = SurrogateSampler(SPACE.variables, ("accuracy", "latency"), seed=0)
     study = told(sampler, 30, violation=1.0)
     proposed(study)
-    assert len(sampler._parents()) <= 15
-    feasible = {
-        SPACE.decode(t.params).digest
+    parents = [sampler._encoding.values(sampler._numbers[i]) for i in sampler._parents()]
+    feasible = [
+        dict(t.params)
         for t in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-        if all(v <= 0 for v in (t.constraints or {}).values())
-    }
-    assert {SPACE.decode(values).digest for values in sampler._parents()} <= feasible
+        if all(value <= 0 for value in t.constraints.values())
+    ]
+    assert len(feasible) == 15
+    assert 0 < len(parents) <= 15
+    assert all(values in feasible for values in parents)
+
+
+@pytest.mark.parametrize("trials", [3, 9])
+def test_where_all_is_known_something_is_proposed_all_the_same(trials: int) -> None:
+    """Whoever asked sees that it is known, and decides."""
+    variables: dict[str, tuple[Choice, ...]] = {"width:a": (3, 2, 1), "precision:b": ("fp32", "w8a8", "w4a8")}
+    few = {n: c[: 1 if trials == 3 and n == "precision:b" else 3] for n, c in variables.items()}
+    sampler = SurrogateSampler(few, ("accuracy", "latency"), seed=0)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    distributions = {n: optuna.distributions.CategoricalDistribution(c) for n, c in few.items()}
+    for i, point in enumerate(itertools.product(*few.values())):
+        params = dict(zip(few, point, strict=True))
+        study.add_trial(
+            optuna.trial.create_trial(values=[0.9 - 0.1 * i, 1 / (1 + i)], params=params, distributions=distributions)
+        )
+    assert len(study.trials) == trials
+    assert set(study.ask(distributions).params) == set(few)
+
+
+def test_where_nothing_is_feasible_the_least_infeasible_are_parents() -> None:
+    sampler = SurrogateSampler(SPACE.variables, ("accuracy", "latency"), seed=0)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    distributions = {n: optuna.distributions.CategoricalDistribution(c) for n, c in SPACE.variables.items()}
+    for i, ratio in enumerate((1.0, 0.75, 0.5, 0.25) * 8):
+        values = SPACE.uniform("w8a8", ratio) | {f"width:conv{i % LAYERS}": 32}
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=[0.9, 1 + 0.01 * i], params=values, distributions=distributions, constraints={"x": 40.0 - i}
+            )
+        )
+    proposed(study)
+    assert min(sampler._parents()) >= 20
 
 
 def test_a_failure_is_not_tried_again_and_teaches_nothing(tmp_path: Path) -> None:

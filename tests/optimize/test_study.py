@@ -257,6 +257,7 @@ def test_the_vendors_file_is_no_parent(make: Make, url: str) -> None:
     study, values = make(), scripted.space().uniform("w8a8")
     study.tell(scored(scripted.space().decode(values), role="uniform-int8"), values, {})
     assert generation_key() not in record(url)[0].system_attrs
+    assert not study._mirror.get_trials()
     study.enqueue(values)
     assert study.ask() == values
 
