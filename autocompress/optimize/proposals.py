@@ -22,7 +22,7 @@ def mutations(parents: Rows, sizes: Rows, ordered: NDArray[np.bool_], count: int
     step = np.where(rng.random(len(row)) < 0.5, 1, -1)
     beside = np.where((now + step < 0) | (now + step >= many), now - step, now + step)
     near = ordered[variable] & (rng.random(len(row)) < NEIGHBOUR)
-    found[row, variable] = np.where(near, np.maximum(beside, 0), other)
+    found[row, variable] = np.where(near, np.clip(beside, 0, many - 1), other)
     return found
 
 
