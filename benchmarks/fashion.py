@@ -39,10 +39,10 @@ class MobileNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
-        shapes = [(16, 24, 1), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 64, 1), (64, 64, 1)]
+        self.stem = nn.Sequential(nn.Conv2d(1, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6())
+        shapes = [(24, 32, 2), (32, 32, 1), (32, 48, 1), (48, 48, 1), (48, 80, 2), (80, 80, 1)]
         self.layers = nn.Sequential(*(Inverted(*shape, expand=4) for shape in shapes))
-        self.last = nn.Sequential(nn.Conv2d(64, 160, 1, bias=False), nn.BatchNorm2d(160), nn.ReLU6())
+        self.last = nn.Sequential(nn.Conv2d(80, 160, 1, bias=False), nn.BatchNorm2d(160), nn.ReLU6())
         self.fc = nn.Linear(160, CLASSES)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -128,13 +128,16 @@ def augmented(images: Tensor) -> Tensor:
 def fit(model: nn.Module, data: TensorDataset, *, epochs: int, rate: float) -> None:
     """Train in place with AdamW and one cycle of the learning rate."""
     images, labels = data.tensors
+    model.to(memory_format=torch.channels_last)  # depthwise convolutions then take half the time
     steps = len(images) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps)
     model.train()
     for epoch in range(epochs):
         for rows in torch.randperm(len(images))[: steps * BATCH].view(-1, BATCH):
-            loss = functional.cross_entropy(model(augmented(images[rows])), labels[rows])
+            loss = functional.cross_entropy(
+                model(augmented(images[rows]).contiguous(memory_format=torch.channels_last)), labels[rows]
+            )
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -154,7 +157,10 @@ def trained(name: str, build: Callable[[], nn.Module], *, epochs: int, rate: flo
             torch.set_num_threads(1)  # so that the weights do not depend on the number of cores
             fit(model, part("train", slice(0, TRAINED_ON)), epochs=epochs, rate=rate)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(model.state_dict(), temporary := path.with_suffix(f".{os.getpid()}"))
+            save_file(
+                {n: t.contiguous() for n, t in model.state_dict().items()},
+                temporary := path.with_suffix(f".{os.getpid()}"),
+            )
             temporary.replace(path)
             torch.set_num_threads(threads)
     model.load_state_dict(load_file(path))
@@ -174,12 +180,12 @@ def task_of(name: str, build: Callable[[], nn.Module]) -> Task:
 
 def depthwise() -> Task:
     """The MobileNet."""
-    return task_of("depthwise", lambda: trained("depthwise", MobileNet, epochs=6, rate=0.006))
+    return task_of("depthwise", lambda: trained("depthwise", MobileNet, epochs=5, rate=0.006))
 
 
 def transformer() -> Task:
     """The transformer."""
-    return task_of("transformer", lambda: trained("transformer", Transformer, epochs=10, rate=0.003))
+    return task_of("transformer", lambda: trained("transformer", Transformer, epochs=8, rate=0.003))
 
 
 def main() -> None:
