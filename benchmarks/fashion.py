@@ -4,8 +4,10 @@
     autocompress search benchmarks/fashion.py:transformer --target cpu-onnxruntime
 
 Each is trained once, on first use, from a seed, which takes a few minutes of one core; the weights are kept in
-`runs/tasks`. The images are those of Debian's dataset-fashion-mnist, in the splits of the ResNet's task: 55,000 to train
-on, 5,000 to validate on, 10,000 to test on. `python benchmarks/fashion.py` trains what is missing and says how good it is.
+`runs/tasks`. The images are those of Debian's dataset-fashion-mnist, in the splits of the ResNet's task: 55,000 to
+train on, 5,000 to validate on, 10,000 to test on.
+
+    python benchmarks/fashion.py        # trains what is missing, and says how good it is
 """
 
 import gzip
