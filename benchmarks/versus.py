@@ -1,8 +1,8 @@
-"""Two sides' files beside each other: measured in one round-robin, scored on test items, with intervals on what follows.
+"""Two sides' files beside each other: measured in one round-robin, scored on test items, with intervals.
 
 A bootstrap draws test items, the same ones for all files, and blocks of the measuring, the same ones for all files,
-processes first and blocks within them. What is said of the two sides is computed anew in every draw, so that an interval
-holds what both kinds of chance do to it (Efron, 1979).
+processes first and blocks within them. What is said of the two sides is computed anew in every draw, so that an
+interval holds what both kinds of chance do to it (Efron, 1979).
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def fastest(draws: Draws, members: Sequence[int], fp32: int, drop: float) -> Flo
 
 
 def versus(files: Sequence[File], ours: str, theirs: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Hypervolumes of all sides, and by level of accuracy whose fastest file is faster, `ours` against each of theirs."""
+    """Hypervolumes of all sides, and whose fastest file is faster at each level of accuracy, against each of theirs."""
     draws = draw(files, seed=seed)
     fp32 = next(i for i, f in enumerate(files) if f.name == "fp32")
     of = {side: [i for i, f in enumerate(files) if f.side in (side, "both")] for side in (ours, *theirs)}
