@@ -72,21 +72,22 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     ][:, None]
 
 
-def trained(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> int:
+def trained(model: nn.Module, images: Tensor, labels: Tensor, seed: int, epochs: float = EPOCHS) -> int:
     """Train in place; the number of steps."""
     generator = torch.Generator().manual_seed(seed)
-    steps = EPOCHS * (len(images) // BATCH)
+    steps = left = max(1, round(epochs * (len(images) // BATCH)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
     model.train()
-    for _ in range(EPOCHS):
+    while left > 0:
         order = torch.randperm(len(images), generator=generator)
-        for rows in order[: len(images) // BATCH * BATCH].view(-1, BATCH):
+        for rows in order[: len(images) // BATCH * BATCH].view(-1, BATCH)[:left]:
             loss = functional.cross_entropy(model(augmented(images[rows], generator)), labels[rows])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
+            left -= 1
     model.eval()
     return steps
 
@@ -149,7 +150,7 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def by_hand(module: Any, ratio: float, seed: int, work: Path) -> dict[str, Any]:
+def by_hand(module: Any, ratio: float, seed: int, work: Path, epochs: float = EPOCHS) -> dict[str, Any]:
     """One run of the recipe: figures of its files, and the seconds of each stage."""
     torch.manual_seed(seed)
     images, labels = module.task.train.tensors
@@ -170,7 +171,7 @@ def by_hand(module: Any, ratio: float, seed: int, work: Path) -> dict[str, Any]:
     if ratio:
         model = pruned(model, ratio, example)
     lap("prune")
-    steps = trained(model, images, labels, seed) if ratio else 0
+    steps = trained(model, images, labels, seed, epochs) if ratio else 0
     lap("train")
     float_path = work / f"hand-{ratio:g}-{seed}.onnx"
     exported(model, float_path, example)

@@ -1,0 +1,255 @@
+"""The front of a search against the hand recipe in the same wall time, and against the runtime's own uniform INT8.
+
+A search with recovery in two processes, then the hand recipe at many ratios and several lengths of training in two
+processes, as many as fit into the time the search took. All files, the front's, the hand's in float and INT8, uniform
+INT8 and fp32, are then timed in one round-robin and scored on the test items, which neither side saw. The hand's best
+file at a level is chosen by its test accuracy, which is in its favour: the search's were chosen on validation items.
+
+    python benchmarks/front.py path/to/fashion_resnet/task.py --target cpu-onnxruntime --minutes 45 --work runs/front
+    python benchmarks/front.py TASK.py --work /tmp/try --minutes 1 --ratios 0.5 --epochs 0.02      # in five minutes
+
+The search of a target and the hand's files stay in `--work`: what is there is not made again. Exits with 1 where the
+fastest model at most 0.5 points below fp32 is not as much faster as asked, or the hand is ahead somewhere.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is loaded
+
+import torch
+
+from autocompress import Run, open_run, search
+from autocompress.config import load_profile, load_space
+from autocompress.core.artifact import Artifact
+from autocompress.core.errors import NoPointError
+from autocompress.core.trial import Trial
+from autocompress.device.local import LocalHost
+from autocompress.task import check_task, load_task
+from benchmarks import front_hand, hand_recipe
+from benchmarks.versus import BASELINES, File, artifact_of, hits_of, measured, show, versus
+
+RESULTS = Path(__file__).parent / "results"
+NEAR = 0.005  # at most so much below fp32
+OVER_UNIFORM: Mapping[str, float] = {"onnxruntime": 2.0, "openvino": 1.5, "litert": 1.5}
+OVER_FP32: Mapping[str, float] = {"onnxruntime": 6.0}
+
+
+def searched(given: argparse.Namespace) -> tuple[Run, float]:
+    """The search, made or read, and the wall seconds it took."""
+    folder: Path = given.work / f"search-{given.target}"
+    record = folder / "wall_seconds.json"
+    if record.exists():
+        return open_run(folder), float(json.loads(record.read_text()))
+    if folder.exists():
+        raise SystemExit(f"{folder} is of a search that did not end: remove it, its time cannot be compared")
+    begin = time.monotonic()
+    run = search(
+        str(given.task),
+        given.target,
+        space=dataclasses.replace(load_space("default"), skip=("*",)),
+        trials=None,
+        timeout=60 * given.minutes,
+        fidelity="recover",
+        workers=given.workers,
+        seed=given.seed,
+        out=folder,
+        progress=True,
+    )
+    seconds = time.monotonic() - begin
+    record.write_text(json.dumps(seconds))
+    return run, seconds
+
+
+def artifacts_of(run: Run) -> dict[str, tuple[str, Trial, Artifact]]:
+    """Side, trial and file of the baselines and of the front, by name."""
+    front, found = run.front(), {}
+    for trial in [*front.baselines.values(), *(t for t in front.points if t.role == "candidate")]:
+        assert trial.artifact is not None
+        artifact = dataclasses.replace(trial.artifact, path=str(run.path / trial.artifact.path))
+        baseline = trial.role in BASELINES
+        name = trial.role if baseline else f"search {trial.number}"
+        found[name] = ("both" if baseline else "search", trial, artifact)
+    return found
+
+
+def by_hand(given: argparse.Namespace, seconds: float, like: Artifact) -> dict[str, Artifact]:
+    """The hand's files by name, made as far as the time goes."""
+    jobs, folder = front_hand.grid(given.ratios, given.epochs), given.work / "hand"
+    front_hand.run(jobs, given.task, folder, seconds)
+    done = front_hand.finished(jobs, folder)
+    suffix = {"tflite": "tflite"}.get(like.format, "onnx")
+    if suffix == "tflite":
+        module = hand_recipe.load(given.task)
+        for job in done:
+            front_hand.for_litert(module, job, folder, (like.inputs[0].name, like.outputs[0].name))
+    return {
+        f"hand {job.name} {kind}": artifact_of(folder / job.name / f"{kind}.{suffix}", like)
+        for job in done
+        for kind in ("fp32", "int8")
+    }
+
+
+def compared(given: argparse.Namespace, run: Run, hand: Mapping[str, Artifact]) -> tuple[list[File], dict[str, str]]:
+    """All files timed in one round-robin and scored on test items; and what failed."""
+    checked = check_task(load_task(str(given.task)))
+    test, ours = given.work / "data" / "test", artifacts_of(run)
+    if not test.exists():
+        checked.write_split("test", test)
+    labels = checked.targets("test")
+    named = {name: artifact for name, (_, _, artifact) in ours.items()} | dict(hand)
+    with LocalHost(load_profile(given.target)) as host:
+        print(f"timing {len(named)} files in one round-robin", file=sys.stderr, flush=True)
+        times, failed = measured(host, named["fp32"], named, test, load_profile(given.target).measure.processes)
+        files = []
+        for name, measurement in times.items():
+            side, trial, _ = ours.get(name, ("hand", None, None))
+            files.append(
+                File(
+                    side=side,
+                    name=name,
+                    hits=hits_of(host, named[name], test, labels),
+                    measurement=measurement,
+                    size_bytes=named[name].size_bytes,
+                    validation=None if trial is None or trial.score is None else trial.score.accuracy,
+                )
+            )
+    return files, failed
+
+
+def near(files: Sequence[File], run: Run, runtime: str) -> dict[str, Any]:
+    """The fastest of the search's files near fp32 on test, and the one its front gives for that limit."""
+    by_name = {f.name: f for f in files}
+    fp32, uniform = by_name["fp32"], by_name["uniform-int8"]
+    within = [f for f in files if f.side == "search" and f.accuracy >= fp32.accuracy - NEAR - 1e-9]
+    found: dict[str, Any] = {"fastest_on_test": None, "picked_on_validation": None, "met": False}
+    try:
+        picked = run.front().pick(max_accuracy_drop=100 * NEAR)
+        if picked.role == "candidate" and f"search {picked.number}" in by_name:
+            found["picked_on_validation"] = _rates(by_name[f"search {picked.number}"], uniform, fp32)
+    except NoPointError as error:
+        found["picked_on_validation_reason"] = str(error)
+    if within:
+        best = min(within, key=lambda f: f.measurement.ratio)
+        rates = found["fastest_on_test"] = _rates(best, uniform, fp32)
+        found["met"] = rates["over_uniform_int8"][0] >= OVER_UNIFORM[runtime] and rates["over_fp32"][
+            0
+        ] >= OVER_FP32.get(runtime, 0)
+    return found
+
+
+def _rates(file: File, uniform: File, fp32: File) -> dict[str, Any]:
+    return {
+        "name": file.name,
+        "test": file.accuracy,
+        "points_below_fp32": 100 * (fp32.accuracy - file.accuracy),
+        "over_uniform_int8": file.over(uniform),
+        "over_fp32": file.over(fp32),
+    }
+
+
+def rows(files: Sequence[File]) -> list[dict[str, Any]]:
+    """Figures by file, fastest first."""
+    return [
+        {
+            "side": f.side, "name": f.name, "test": f.accuracy, "validation": f.validation,
+            "ratio": f.measurement.ratio, "ratio_ci": f.measurement.ratio_ci, "bytes": f.size_bytes,
+        }
+        for f in sorted(files, key=lambda f: f.measurement.ratio)
+    ]  # fmt: skip
+
+
+def finite(value: Any) -> Any:
+    """The same with None where something was infinite, which JSON has no form of."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def show_all(files: Sequence[File], result: Mapping[str, Any], given: argparse.Namespace, runtime: str) -> None:
+    """The tables."""
+    print(f"{'file':<24} {'test':>7} {'of fp32':>8} {'interval':>16} {'kB':>6}")
+    for row in rows(files):
+        low, high = row["ratio_ci"]
+        print(f"{row['name']:<24} {100 * row['test']:>6.2f}% {row['ratio']:>8.3f} [{low:.3f}, {high:.3f}]", end="")
+        print(f" {row['bytes'] / 1000:>6.0f}")
+    print()
+    show(result["versus"], "search")
+    wanted = f"wanted: {OVER_UNIFORM[runtime]:g}x over uniform INT8"
+    wanted += f" and {OVER_FP32[runtime]:g}x over fp32" if runtime in OVER_FP32 else ""
+    print(f"\n{given.target}, at most {100 * NEAR:g} points below fp32 on test; {wanted}")
+    for name in ("fastest_on_test", "picked_on_validation"):
+        if (found := result["near"][name]) is None:
+            print(f"{name.replace('_', ' ')}: none")
+            continue
+        texts = [
+            f"{rate:.2f}x [{ci[0]:.2f}, {ci[1]:.2f}] over {what}"
+            for what, (rate, ci) in (("uniform INT8", found["over_uniform_int8"]), ("fp32", found["over_fp32"]))
+        ]
+        below = found["points_below_fp32"]
+        print(f"{name.replace('_', ' ')}: {found['name']}, {below:.2f} points below, {', '.join(texts)}")
+
+
+def main() -> int:
+    """Search, make by hand, compare, print, write; 1 where a limit is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", type=Path, help="the task's file, with build_model and a task of tensors")
+    parser.add_argument("--target", default="cpu-onnxruntime")
+    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ratios", default=front_hand.RATIOS, help="of channels that the hand cuts")
+    parser.add_argument("--epochs", default=front_hand.EPOCHS, help="that the hand trains, in this order")
+    parser.add_argument("--work", type=Path, default=Path("runs/front"))
+    parser.add_argument("--out", type=Path, help="default is results/front-<target>.json")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    before, runtime = os.getloadavg()[0], load_profile(given.target).runtime
+    run, seconds = searched(given)
+    torch.set_num_threads(1)
+    hand = by_hand(given, seconds, artifacts_of(run)["fp32"][2])
+    files, failed = compared(given, run, hand)
+    result: dict[str, Any] = {
+        "target": given.target,
+        "task": run.config.task_name,
+        "minutes": given.minutes,
+        "search_seconds": seconds,
+        "hand_seconds": json.loads((given.work / "hand" / "spent.json").read_text()),
+        "trials": {rung: sum(t.rung == rung for t in run.trials()) for rung in ("oneshot", "short", "full")},
+        "recover_steps": run.config.recover_steps,
+        "load_average": [before, os.getloadavg()[0]],
+        "machine": dict(files[0].measurement.fingerprint.facts),
+        "failed": failed,
+        "files": rows(files),
+        "versus": versus(files, "search", ["hand"]),
+        "near": near(files, run, runtime),
+    }
+    show_all(files, result, given, runtime)
+    against = result["versus"]["against"]["hand"]
+    better = against["interval"][0] > 0
+    behind = [f"{100 * at['drop']:g}" for at in against["levels"] if at["ahead"] == "theirs"]
+    even = [f"{100 * at['drop']:g}" for at in against["levels"] if at["ahead"] == "tie"]
+    print(
+        f"speed {'met' if result['near']['met'] else 'MISSED'}; hypervolume {'' if better else 'NOT '}larger;", end=" "
+    )
+    print(f"the hand is ahead at {', '.join(behind) or 'no level'}, neither at {', '.join(even) or 'no level'}")
+    out = given.out or RESULTS / f"front-{given.target}.json"
+    out.write_text(json.dumps(finite(result), indent=1) + "\n")
+    return 0 if result["near"]["met"] and better and not behind else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
