@@ -8,9 +8,12 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 
 from autocompress.core.space import Choice, Values
+
+ATTEMPTS, PAUSE_S = 3, 0.005
 
 
 class Claims:
@@ -33,9 +36,7 @@ class Claims:
         path = self._folder / key
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _locked(descriptor):
                 os.close(descriptor)
                 return False
             if _is(descriptor, path):
@@ -67,6 +68,17 @@ class Claims:
         """Let go of all."""
         for key in list(self._own):
             self.release(key)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the lock is had now. Who only looks holds it for an instant, so that one refusal says nothing."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE_S)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 def _is(descriptor: int, path: Path) -> bool:
