@@ -1,16 +1,17 @@
 """How many trials and how much time the default sampler needs for what stock samplers reach, on public tasks.
 
-Each arm is a one-shot search in a process of its own, on one torch thread, with its own number of trials and seed; what is
-finished is not searched again, and what was interrupted is continued.
+Each arm is a one-shot search in a process of its own, on one torch thread, with its own number of trials and seed; what
+is finished is not searched again, and what was interrupted is continued.
 
     python benchmarks/search.py run path/to/fashion_resnet/task.py --seeds 0,1,2 --jobs 2
     python benchmarks/search.py run benchmarks/fashion.py:depthwise --jobs 2
     python benchmarks/search.py table
 
-A latency is measured once in each run, so that the luck of one measurement would be a part of the comparison. In the table
-all runs of a task share one latency for equal kernels: the geometric mean of what they measured. The figure of merit is
-the hypervolume of the first so many trials, up to 10 points below fp32 and up to its latency. The limit is one fifth of
-NSGA-II's trials until its hypervolume is reached, median of the seeds. Probes are no trials: their seconds are counted.
+A latency is measured once in each run, so that the luck of one measurement would be a part of the comparison. In the
+table all runs of a task share one latency for equal kernels: the geometric mean of what they measured. The figure of
+merit is the hypervolume of the first so many trials, up to 10 points below fp32 and up to its latency. The limit is one
+fifth of NSGA-II's trials until its hypervolume is reached, median of the seeds. Probes are no trials, but the seconds
+until then are wall time since the search began, probes included.
 """
 
 import argparse
@@ -134,7 +135,7 @@ def volumes(trials: Sequence[Trial], ratios: Mapping[str, float]) -> list[float]
 
 
 def ends(run: Run) -> tuple[dict[int, float], float]:
-    """Wall seconds at which each trial of a run ended, without pauses between its processes; and those of its probes."""
+    """Wall seconds at which each trial ended, without pauses between a run's processes; and those of its probes."""
     found, total, last, probes = dict[int, float](), 0.0, None, 0.0
     for line in (run.path / "log.jsonl").read_text().splitlines():
         event = json.loads(line)
@@ -165,10 +166,11 @@ def summary(task: str, arms: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
         bar = figures[BAR, seed][-1] if (BAR, seed) in figures else None
         count = None if bar is None else reached(found, bar)
         at = None if count is None else seconds.get(trials[sampler, seed][count - 1].number)
+        failed = sum(t.score is None for t in trials[sampler, seed])
         rows.append(
             {
                 "sampler": sampler, "seed": seed, "trials": len(found), "hypervolume": found[-1],
-                "at_150": found[min(150, len(found)) - 1], "failures": sum(t.score is None for t in trials[sampler, seed]),
+                "at_150": found[min(150, len(found)) - 1], "failures": failed,
                 "seconds": max(seconds.values()), "probe_seconds": probes,
                 "trials_to_bar": count, "seconds_to_bar": at,
             }
@@ -189,9 +191,7 @@ def medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         of = [row for row in rows if row["sampler"] == sampler]
         found[sampler] = {
-            name: statistics.median_low(sorted(math.inf if row[name] is None else row[name] for row in of))
-            if len(of) % 2
-            else statistics.median(math.inf if row[name] is None else row[name] for row in of)
+            name: statistics.median(math.inf if row[name] is None else row[name] for row in of)
             for name in ("hypervolume", "at_150", "trials", "trials_to_bar", "seconds", "seconds_to_bar")
         }
     if OURS in found and BAR in found:
