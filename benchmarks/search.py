@@ -38,6 +38,7 @@ from autocompress import Run, open_run, search
 from autocompress.core.front import hypervolume
 from autocompress.core.trial import Trial
 from autocompress.task import load_task
+from benchmarks.versus import finite
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
 TARGET, OURS, BAR = "cpu-onnxruntime", "surrogate", "nsga2"
@@ -250,15 +251,6 @@ def table(given: argparse.Namespace) -> int:
     record = {"load_average": os.getloadavg()[0], "machine": facts, "tasks": found}
     given.out.write_text(json.dumps(finite(record), indent=1) + "\n")
     return 0 if met else 1
-
-
-def finite(value: Any) -> Any:
-    """The same with None where something was infinite, which JSON has no form of."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> int:
