@@ -1,15 +1,16 @@
 """Whether one search over bits, widths and depth beats one of them alone, or one after the other, in equal wall time.
 
 Four arms, each with recovery and two processes: `joint` (all of it), `quantize` (bits only), `prune` (widths and depth
-only, all float), and `sequential`: half the time for pruning, then the other half for the bits of the models of that front
-which are most accurate for their latency, each taken as a finished model. All files of a seed are timed in one round-robin
-and scored on test items; what is compared is the hypervolume, up to 10 points below fp32 and up to its latency.
+only, all float), and `sequential`: half the time for pruning, then the other half for the bits of the models of that
+front which are most accurate for their latency, each taken as a finished model. All files of a seed are timed in one
+round-robin and scored on test items; what is compared is the hypervolume, up to 10 points below fp32 and up to its
+latency.
 
     python benchmarks/joint.py path/to/fashion_resnet/task.py --minutes 15 --seeds 0,1,2
     python benchmarks/joint.py TASK.py --work /tmp/try --minutes 1 --seeds 0 --out /tmp/joint.json      # to try it
 
-Searches that are done are not made again. fp32 is everybody's, uniform INT8 that of all arms that quantize. Exits with 1
-where joint does not win: where its mean gain over some other arm is not above zero by its 95 % interval over seeds.
+Searches that are done are not made again. fp32 is everybody's, uniform INT8 that of all arms that quantize. Exits with
+1 where joint does not win: where its mean gain over some other arm is not above zero by its 95 % interval over seeds.
 """
 
 import argparse
