@@ -119,15 +119,15 @@ def part(name: str, rows: slice = slice(None)) -> TensorDataset:
     return TensorDataset(torch.from_numpy((x.astype(np.float32) / 255 - 0.2860) / 0.3530), torch.from_numpy(y))
 
 
-def augmented(images: Tensor) -> Tensor:
-    """Images flipped at random, and all of them shifted by up to two pixels."""
+def augmented(images: Tensor, shift: int) -> Tensor:
+    """Images flipped at random, and all of them shifted by up to so many pixels."""
     flip = torch.rand(len(images)) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    y, x = (int(torch.randint(0, 5, ())) for _ in range(2))
-    return functional.pad(images, (2, 2, 2, 2), mode="replicate")[:, :, y : y + 28, x : x + 28]
+    y, x = (int(torch.randint(0, 2 * shift + 1, ())) for _ in range(2))
+    return functional.pad(images, (shift,) * 4, mode="replicate")[:, :, y : y + 28, x : x + 28]
 
 
-def fit(model: nn.Module, data: TensorDataset, *, epochs: int, rate: float) -> None:
+def fit(model: nn.Module, data: TensorDataset, *, epochs: int, rate: float, shift: int) -> None:
     """Train in place with AdamW and one cycle of the learning rate."""
     images, labels = data.tensors
     model.to(memory_format=torch.channels_last)  # depthwise convolutions then take half the time
@@ -138,7 +138,7 @@ def fit(model: nn.Module, data: TensorDataset, *, epochs: int, rate: float) -> N
     for epoch in range(epochs):
         for rows in torch.randperm(len(images))[: steps * BATCH].view(-1, BATCH):
             loss = functional.cross_entropy(
-                model(augmented(images[rows]).contiguous(memory_format=torch.channels_last)), labels[rows]
+                model(augmented(images[rows], shift).contiguous(memory_format=torch.channels_last)), labels[rows]
             )
             optimizer.zero_grad()
             torch.autograd.backward(loss)
@@ -148,7 +148,7 @@ def fit(model: nn.Module, data: TensorDataset, *, epochs: int, rate: float) -> N
     model.eval()
 
 
-def trained(name: str, build: Callable[[], nn.Module], *, epochs: int, rate: float) -> nn.Module:
+def trained(name: str, build: Callable[[], nn.Module], *, epochs: int, rate: float, shift: int) -> nn.Module:
     """The network with its weights, in eval mode; they are made where they are not there yet."""
     path = WEIGHTS / f"fashion-{name}.safetensors"
     threads = torch.get_num_threads()
@@ -157,7 +157,7 @@ def trained(name: str, build: Callable[[], nn.Module], *, epochs: int, rate: flo
         model = build()
         if not path.exists():
             torch.set_num_threads(1)  # so that the weights do not depend on the number of cores
-            fit(model, part("train", slice(0, TRAINED_ON)), epochs=epochs, rate=rate)
+            fit(model, part("train", slice(0, TRAINED_ON)), epochs=epochs, rate=rate, shift=shift)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(
                 {n: t.contiguous() for n, t in model.state_dict().items()},
@@ -182,12 +182,12 @@ def task_of(name: str, build: Callable[[], nn.Module]) -> Task:
 
 def depthwise() -> Task:
     """The MobileNet."""
-    return task_of("depthwise", lambda: trained("depthwise", MobileNet, epochs=5, rate=0.006))
+    return task_of("depthwise", lambda: trained("depthwise", MobileNet, epochs=5, rate=0.006, shift=2))
 
 
 def transformer() -> Task:
     """The transformer."""
-    return task_of("transformer", lambda: trained("transformer", Transformer, epochs=8, rate=0.003))
+    return task_of("transformer", lambda: trained("transformer", Transformer, epochs=8, rate=0.005, shift=0))
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ fastest model at most 0.5 points below fp32 is not as much faster as asked, or t
 import argparse
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -32,11 +31,12 @@ from autocompress import Run, open_run, search
 from autocompress.config import load_profile, load_space
 from autocompress.core.artifact import Artifact
 from autocompress.core.errors import NoPointError
+from autocompress.core.space import SpaceRules
 from autocompress.core.trial import Trial
 from autocompress.device.local import LocalHost
 from autocompress.task import check_task, load_task
 from benchmarks import front_hand, hand_recipe
-from benchmarks.versus import BASELINES, File, artifact_of, hits_of, measured, show, versus
+from benchmarks.versus import File, artifact_of, finite, hits_of, measured, show, versus
 
 RESULTS = Path(__file__).parent / "results"
 NEAR = 0.005  # at most so much below fp32
@@ -44,9 +44,10 @@ OVER_UNIFORM: Mapping[str, float] = {"onnxruntime": 2.0, "openvino": 1.5, "liter
 OVER_FP32: Mapping[str, float] = {"onnxruntime": 6.0}
 
 
-def searched(given: argparse.Namespace) -> tuple[Run, float]:
-    """The search, made or read, and the wall seconds it took."""
-    folder: Path = given.work / f"search-{given.target}"
+def searched(
+    folder: Path, task: str, target: str, space: SpaceRules, *, minutes: float, workers: int, seed: int
+) -> tuple[Run, float]:
+    """A search with recovery, made or read, and the wall seconds it took."""
     record = folder / "wall_seconds.json"
     if record.exists():
         return open_run(folder), float(json.loads(record.read_text()))
@@ -54,14 +55,14 @@ def searched(given: argparse.Namespace) -> tuple[Run, float]:
         raise SystemExit(f"{folder} is of a search that did not end: remove it, its time cannot be compared")
     begin = time.monotonic()
     run = search(
-        str(given.task),
-        given.target,
-        space=dataclasses.replace(load_space("default"), skip=("*",)),
+        task,
+        target,
+        space=space,
         trials=None,
-        timeout=60 * given.minutes,
+        timeout=60 * minutes,
         fidelity="recover",
-        workers=given.workers,
-        seed=given.seed,
+        workers=workers,
+        seed=seed,
         out=folder,
         progress=True,
     )
@@ -70,15 +71,13 @@ def searched(given: argparse.Namespace) -> tuple[Run, float]:
     return run, seconds
 
 
-def artifacts_of(run: Run) -> dict[str, tuple[str, Trial, Artifact]]:
-    """Side, trial and file of the baselines and of the front, by name."""
+def artifacts_of(run: Run) -> dict[str, tuple[Trial, Artifact]]:
+    """Trial and file of the baselines and of the front, by name."""
     front, found = run.front(), {}
     for trial in [*front.baselines.values(), *(t for t in front.points if t.role == "candidate")]:
         assert trial.artifact is not None
         artifact = dataclasses.replace(trial.artifact, path=str(run.path / trial.artifact.path))
-        baseline = trial.role in BASELINES
-        name = trial.role if baseline else f"search {trial.number}"
-        found[name] = ("both" if baseline else "search", trial, artifact)
+        found[f"search {trial.number}" if trial.role == "candidate" else trial.role] = trial, artifact
     return found
 
 
@@ -101,28 +100,49 @@ def by_hand(given: argparse.Namespace, seconds: float, like: Artifact) -> dict[s
 
 def compared(given: argparse.Namespace, run: Run, hand: Mapping[str, Artifact]) -> tuple[list[File], dict[str, str]]:
     """All files timed in one round-robin and scored on test items; and what failed."""
-    checked = check_task(load_task(str(given.task)))
-    test, ours = given.work / "data" / "test", artifacts_of(run)
+    ours = artifacts_of(run)
+    named = {name: artifact for name, (_, artifact) in ours.items()} | dict(hand)
+    sides = {
+        name: ("search",) if trial.role == "candidate" else ("search", "hand") for name, (trial, _) in ours.items()
+    }
+    known = {name: trial.score.accuracy for name, (trial, _) in ours.items() if trial.score is not None}
+    return files_of(str(given.task), given.target, named, sides, "hand", known, given.work / "data" / "test")
+
+
+def files_of(
+    task: str,
+    target: str,
+    named: Mapping[str, Artifact],
+    sides: Mapping[str, tuple[str, ...]],
+    rest: str,
+    known: Mapping[str, float],
+    test: Path,
+) -> tuple[list[File], dict[str, str]]:
+    """Files by name, fp32 among them, timed in one round-robin and scored on the items in `test`; and what failed.
+
+    Args:
+        sides: whose each is; `rest` has the others.
+        known: validation accuracies.
+        test: a folder, written where it is not there yet.
+    """
+    checked, profile = check_task(load_task(task)), load_profile(target)
     if not test.exists():
         checked.write_split("test", test)
     labels = checked.targets("test")
-    named = {name: artifact for name, (_, _, artifact) in ours.items()} | dict(hand)
-    with LocalHost(load_profile(given.target)) as host:
+    with LocalHost(profile) as host:
         print(f"timing {len(named)} files in one round-robin", file=sys.stderr, flush=True)
-        times, failed = measured(host, named["fp32"], named, test, load_profile(given.target).measure.processes)
-        files = []
-        for name, measurement in times.items():
-            side, trial, _ = ours.get(name, ("hand", None, None))
-            files.append(
-                File(
-                    side=side,
-                    name=name,
-                    hits=hits_of(host, named[name], test, labels),
-                    measurement=measurement,
-                    size_bytes=named[name].size_bytes,
-                    validation=None if trial is None or trial.score is None else trial.score.accuracy,
-                )
+        times, failed = measured(host, named["fp32"], named, test, profile.measure.processes)
+        files = [
+            File(
+                sides=sides.get(name, (rest,)),
+                name=name,
+                hits=hits_of(host, named[name], test, labels),
+                measurement=measurement,
+                size_bytes=named[name].size_bytes,
+                validation=known.get(name),
             )
+            for name, measurement in times.items()
+        ]
     return files, failed
 
 
@@ -130,7 +150,7 @@ def near(files: Sequence[File], run: Run, runtime: str) -> dict[str, Any]:
     """The fastest of the search's files near fp32 on test, and the one its front gives for that limit."""
     by_name = {f.name: f for f in files}
     fp32, uniform = by_name["fp32"], by_name["uniform-int8"]
-    within = [f for f in files if f.side == "search" and f.accuracy >= fp32.accuracy - NEAR - 1e-9]
+    within = [f for f in files if f.sides == ("search",) and f.accuracy >= fp32.accuracy - NEAR - 1e-9]
     found: dict[str, Any] = {"fastest_on_test": None, "picked_on_validation": None, "met": False}
     try:
         picked = run.front().pick(max_accuracy_drop=100 * NEAR)
@@ -161,22 +181,11 @@ def rows(files: Sequence[File]) -> list[dict[str, Any]]:
     """Figures by file, fastest first."""
     return [
         {
-            "side": f.side, "name": f.name, "test": f.accuracy, "validation": f.validation,
+            "sides": f.sides, "name": f.name, "test": f.accuracy, "validation": f.validation,
             "ratio": f.measurement.ratio, "ratio_ci": f.measurement.ratio_ci, "bytes": f.size_bytes,
         }
         for f in sorted(files, key=lambda f: f.measurement.ratio)
     ]  # fmt: skip
-
-
-def finite(value: Any) -> Any:
-    """The same with None where something was infinite, which JSON has no form of."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
 
 
 def show_all(files: Sequence[File], result: Mapping[str, Any], given: argparse.Namespace, runtime: str) -> None:
@@ -218,9 +227,17 @@ def main() -> int:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     before, runtime = os.getloadavg()[0], load_profile(given.target).runtime
-    run, seconds = searched(given)
+    run, seconds = searched(
+        given.work / f"search-{given.target}",
+        str(given.task),
+        given.target,
+        dataclasses.replace(load_space("default"), skip=("*",)),
+        minutes=given.minutes,
+        workers=given.workers,
+        seed=given.seed,
+    )
     torch.set_num_threads(1)
-    hand = by_hand(given, seconds, artifacts_of(run)["fp32"][2])
+    hand = by_hand(given, seconds, artifacts_of(run)["fp32"][1])
     files, failed = compared(given, run, hand)
     result: dict[str, Any] = {
         "target": given.target,

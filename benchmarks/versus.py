@@ -6,6 +6,7 @@ interval holds what both kinds of chance do to it (Efron, 1979).
 """
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from autocompress.remeasure import measure_usable
 WORST_DROP, WORST_RATIO = 0.10, 1.0  # what lies beyond does not count: points of accuracy below fp32, latency over it
 LEVELS = (0.0, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
 DRAWS = 1000
-BASELINES = ("fp32", "uniform-fp16", "uniform-bf16", "uniform-int8")  # each side has these for nothing
 
 Floats = NDArray[np.float64]
 
@@ -34,13 +34,13 @@ class File:
     """A measured and scored file.
 
     Attributes:
-        side: whose it is; that of a baseline is "both".
+        sides: whose it is; a baseline is of several.
         hits: for each test item whether it is right.
         measurement: against fp32, all files in the same blocks.
         validation: accuracy there, where the side knew it.
     """
 
-    side: str
+    sides: tuple[str, ...]
     name: str
     hits: NDArray[np.bool_]
     measurement: Measurement
@@ -144,7 +144,7 @@ def versus(files: Sequence[File], ours: str, theirs: Sequence[str], seed: int = 
     """Hypervolumes of all sides, and whose fastest file is faster at each level of accuracy, against each of theirs."""
     draws = draw(files, seed=seed)
     fp32 = next(i for i, f in enumerate(files) if f.name == "fp32")
-    of = {side: [i for i, f in enumerate(files) if f.side in (side, "both")] for side in (ours, *theirs)}
+    of = {side: [i for i, f in enumerate(files) if side in f.sides] for side in (ours, *theirs)}
     found = {side: volumes(draws, members, fp32) for side, members in of.items()}
     result: dict[str, Any] = {
         "hypervolume": {side: {"value": float(v[0]), "interval": interval(v)} for side, v in found.items()},
@@ -167,6 +167,17 @@ def level(draws: Draws, ours: Sequence[int], theirs: Sequence[int], fp32: int, d
     (_, a), (_, b) = sides
     ahead = "ours" if separated(a, b) else "theirs" if separated(b, a) else "tie"
     return {"drop": drop, "ours": sides[0], "theirs": sides[1], "ahead": ahead}
+
+
+def finite(value: Any) -> Any:
+    """The same with None where something was infinite, which JSON has no form of."""
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
 
 
 def show(result: Mapping[str, Any], ours: str) -> None:
