@@ -41,17 +41,19 @@ def norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
-class Conv(nn.Conv2d):
-    """A convolution padded as TensorFlow's "same": at stride 2 one more on the right and below than on the left."""
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without a bias; at stride 2 `pad` goes before it."""
+    padding = kernel // 2 if stride == 1 else 0
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-        total = kernel - stride
-        self.before = (total // 2, total - total // 2) * 2 if total % 2 else ()
-        padding = 0 if self.before else total // 2
-        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(functional.pad(x, self.before) if self.before else x)
+def pad(kernel: int, stride: int) -> nn.Module:
+    """TensorFlow's "same" at stride 2: one more on the right and below than on the left and above.
+
+    A class of its own that is a Conv2d and pads in its forward would be left alone: layers are found by their type.
+    """
+    total = kernel - stride
+    return nn.ZeroPad2d((total // 2, total - total // 2) * 2) if stride > 1 else nn.Identity()
 
 
 class Block(nn.Module):
@@ -60,17 +62,18 @@ class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int) -> None:
         super().__init__()
         hidden = inputs * expand
-        self.expand_conv = Conv(inputs, hidden, 1) if expand > 1 else None
+        self.expand_conv = conv(inputs, hidden, 1) if expand > 1 else None
         self.bn0 = norm(hidden) if expand > 1 else None
-        self.depthwise_conv, self.bn1 = Conv(hidden, hidden, kernel, stride, hidden), norm(hidden)
-        self.project_conv, self.bn2 = Conv(hidden, outputs, 1), norm(outputs)
+        self.pad = pad(kernel, stride)
+        self.depthwise_conv, self.bn1 = conv(hidden, hidden, kernel, stride, hidden), norm(hidden)
+        self.project_conv, self.bn2 = conv(hidden, outputs, 1), norm(outputs)
         self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         if self.expand_conv is not None and self.bn0 is not None:
             y = functional.relu6(self.bn0(self.expand_conv(y)))
-        y = functional.relu6(self.bn1(self.depthwise_conv(y)))
+        y = functional.relu6(self.bn1(self.depthwise_conv(self.pad(y))))
         y = self.bn2(self.project_conv(y))
         return x + y if self.shortcut else y
 
@@ -80,18 +83,19 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv_stem, self.bn0 = Conv(3, 32, 3, 2), norm(32)
+        self.pad = pad(3, 2)
+        self.conv_stem, self.bn0 = conv(3, 32, 3, 2), norm(32)
         blocks, width = list[nn.Module](), 32
         for repeats, kernel, stride, expand, outputs in STAGES:
             for i in range(repeats):
                 blocks.append(Block(width, outputs, kernel, stride if i == 0 else 1, expand))
                 width = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.conv_head, self.bn1 = Conv(width, 1280, 1), norm(1280)
+        self.conv_head, self.bn1 = conv(width, 1280, 1), norm(1280)
         self.fc = nn.Linear(1280, 1000)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = functional.relu6(self.bn0(self.conv_stem(image)))
+        x = functional.relu6(self.bn0(self.conv_stem(self.pad(image))))
         x = functional.relu6(self.bn1(self.conv_head(self.blocks(x))))
         logits: Tensor = self.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
         return logits
