@@ -159,6 +159,25 @@ class Builder:
             notes=made.notes,
         )
 
+    def compressed(self, candidate: Candidate, watch: Stopwatch) -> "Compressed":
+        """The float model of a candidate: made, or read where this run made it before and it was not quickly done.
+
+        Raises:
+            StageError: it cannot be made, or what lies in the run cannot be read.
+        """
+        from autocompress.compress.apply import apply
+        from autocompress.compress.kept import read, write
+
+        path = self._weights / f"{self._weights_name(candidate)}.safetensors"
+        if path.exists():
+            with watch("compress"):
+                return read(path, self._setting)
+        made = apply(candidate, self._setting, watch)
+        if candidate.recipe.recover_steps or candidate.recipe.quantizes:
+            self._weights.mkdir(exist_ok=True)
+            write(path, made)
+        return made
+
     def vendor_int8(self, watch: Stopwatch) -> Artifact:
         """Uniform INT8 of the original by the runtime's own tool."""
         model = self._float(Candidate(), watch).model
@@ -195,7 +214,7 @@ class Builder:
     def _float(self, candidate: Candidate, watch: Stopwatch, *, fallback: bool = False) -> "_Float":
         key = candidate.weights_key + (" fallback" if fallback else "")
         if key not in self._floats:
-            made = self._compress(candidate, watch)
+            made = self.compressed(candidate, watch)
             if fallback and made.fallback is not None:
                 made = made.fallback
             self._floats[key] = _Float(
@@ -210,20 +229,12 @@ class Builder:
         bits = candidate.without_bits() if fallback else candidate
         return dataclasses.replace(found, done=_with_bits(found.done, bits))
 
-    def _compress(self, candidate: Candidate, watch: Stopwatch) -> "Compressed":
-        """The float model of a candidate: made, or read where this run made it before and it was not quickly done."""
-        from autocompress.compress.apply import apply
-        from autocompress.compress.kept import read, write
-
-        path = self._weights / f"{candidate.weights_key}.safetensors"
-        if path.exists():
-            with watch("compress"):
-                return read(path, self._setting)
-        made = apply(candidate, self._setting, watch)
-        if candidate.recipe.recover_steps or candidate.recipe.quantizes:
-            self._weights.mkdir(exist_ok=True)
-            write(path, made)
-        return made
+    def _weights_name(self, candidate: Candidate) -> str:
+        """Weights that were inherited depend on the widths that shared a training, which is the space's matter."""
+        if not any(stage.prune is not None and stage.prune.inherit for stage in candidate.recipe.stages):
+            return candidate.weights_key
+        told = json.dumps({name: list(widths) for name, widths in self._widths.items()}, sort_keys=True)
+        return f"{candidate.weights_key}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def _shared(self, steps: int, anatomy: "Anatomy", how: Train) -> "nn.Module":
         """The original after a training that all widths share: made once in a run, whichever process needs it first."""

@@ -13,8 +13,8 @@ differs by less than a tenth of a point (simulated.py).
     python benchmarks/elastic.py run path/to/fashion_resnet/task.py --seeds 0,1,2
     python benchmarks/elastic.py table
 
-A line of JSON for each vector, arm and seed is added to results/elastic.jsonl; arms and seeds that stand there whole
-are skipped. `--scale 0.02` is for a trial.
+A line of JSON for each vector, arm and seed is added to results/elastic.jsonl; arms and seeds that stand there whole,
+with as many steps, are skipped. `--scale 0.02` is for a trial.
 """
 
 import argparse
@@ -52,7 +52,7 @@ LINES = Path(__file__).parent / "results" / "elastic.jsonl"
 BANDS = ((0.05, 0.15), (0.15, 0.35), (0.35, 0.65))  # shares of the original's multiply-adds
 ARMS = ("alone", "elastic", "half")
 STEPS = 300  # of `alone`, for each vector
-TIMED = 5  # steps of the shared training by which its seconds are told
+TIMED = 20  # steps of the shared training by which its seconds are told: the widths of each are others
 Widths = dict[str, int]
 
 
@@ -142,13 +142,20 @@ def alone(bench: Bench, steps: int, seed: int) -> tuple[list[float], float]:
     return accuracies, time.process_time() - begin - untimed
 
 
-def shared(bench: Bench, seconds: float, steps: int, seed: int) -> tuple[list[float], float]:
-    """Shared weights for so many seconds, then so many steps for each vector."""
+def shared(bench: Bench, seconds: float, part: float, steps: int, seed: int) -> tuple[list[float], float]:
+    """Shared weights for a part of so many seconds, cutting aside; then so many steps for each vector."""
+    laps = []
+    for count in (1, 1 + TIMED):  # what begins and ends a training, however long, is in both
+        begin = time.process_time()
+        bench.share(count, seed)
+        laps.append(time.process_time() - begin)
     begin = time.process_time()
-    bench.share(TIMED, seed)
-    a_step = (time.process_time() - begin) / TIMED
+    for _, widths in bench.vectors:
+        bench.cut(widths)
+    cuts = time.process_time() - begin
+    a_step = (laps[1] - laps[0]) / TIMED
     begin = time.process_time()
-    base = bench.share(max(1, int(seconds / a_step)), seed)
+    base = bench.share(max(1, round((part * (seconds - cuts) - laps[0]) / a_step)), seed)
     accuracies, untimed = [], 0.0
     for _, widths in bench.vectors:
         model = bench.cut(widths, base)
@@ -171,15 +178,14 @@ def run(given: argparse.Namespace) -> None:
         bench.learn(copy.deepcopy(bench.cut(bench.vectors[0][1])), 1, 0)  # what is done once is nobody's time
         for seed in map(int, given.seeds.split(",")):
             for arm in ARMS:
-                rows = read(given.out)
-                if any(row["arm"] == arm and row["seed"] == seed for row in rows):
+                done = {(row["arm"], row["seed"]): row["arm_s"] for row in read(given.out) if row["steps"] == steps}
+                if (arm, seed) in done:
                     continue
                 if arm == "alone":
                     accuracies, seconds = alone(bench, steps, seed)
                 else:
-                    whole = next(r["arm_s"] for r in rows if r["arm"] == "alone" and r["seed"] == seed)
-                    part = 1.0 if arm == "elastic" else 0.5
-                    accuracies, seconds = shared(bench, part * whole, 0 if arm == "elastic" else steps // 2, seed)
+                    part, own = (1.0, 0) if arm == "elastic" else (0.5, steps // 2)
+                    accuracies, seconds = shared(bench, done["alone", seed], part, own, seed)
                 with given.out.open("a") as file:
                     for (band, widths), accuracy in zip(bench.vectors, accuracies, strict=True):
                         row = {"arm": arm, "seed": seed, "band": band, "steps": steps, "arm_s": round(seconds, 1)}
@@ -190,6 +196,8 @@ def run(given: argparse.Namespace) -> None:
 def table(given: argparse.Namespace) -> None:
     """Means over vectors by band, with the spread over seeds, and what follows."""
     rows = read(given.out)
+    most = max(row["steps"] for row in rows)
+    rows = [row for row in rows if row["steps"] == most]  # those of shorter trials are beside the point
     print(f"{'multiply-adds':>16}  " + "  ".join(f"{arm:>14}" for arm in ARMS) + "   elastic - alone")
     ahead = []
     for band, (low, high) in enumerate(BANDS):

@@ -68,7 +68,7 @@ def pruned_task(reference: str, run: str, number: int) -> Task:
         found = open_run(run)
         (trial,) = [t for t in found.trials() if t.number == number]
         builder = Builder(check_task(base), found.path, found.config.profile)
-        return builder._compress(trial.candidate, Stopwatch()).model.eval()
+        return builder.compressed(trial.candidate, Stopwatch()).model.eval()
 
     return dataclasses.replace(base, name=f"{base.name}-pruned-{number}", model=build, student=None)
 

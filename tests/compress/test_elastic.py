@@ -151,3 +151,25 @@ def test_what_keeps_its_widths_keeps_its_weights(recipe: Recipe, tmp_path: Path)
     whole = builder.build(Candidate(recipe=recipe), watch).artifact
     assert "share" not in watch.seconds
     assert whole.sha256 == builder.build(Candidate(), Stopwatch()).artifact.sha256
+
+
+def test_weights_that_other_widths_shared_are_not_taken(recipe: Recipe, tmp_path: Path) -> None:
+    """A run begun with the weights of another space's finds those of its own widths only."""
+    told: list[str] = []
+    task = tiny.task()
+    (tmp_path / "artifacts").mkdir()
+
+    def build(*shares: float) -> str:
+        builder = Builder(task, tmp_path, tiny.PROFILE, lambda what, *_: told.append(what))
+        group = builder.structure.groups[0]
+        widths = [max(1, round(group.width * share)) for share in shares]
+        builder.allow({group.name: widths})
+        candidate = Candidate(widths={group.name: widths[1]}, recipe=replace(recipe, recover_steps=2))
+        return builder.build(candidate, Stopwatch()).artifact.sha256
+
+    narrow = build(1.0, 0.5)
+    count = len(told)
+    assert build(1.0, 0.5) == narrow
+    assert len(told) == count
+    assert build(1.0, 0.5, 0.25) != narrow
+    assert told[count:].count("share") == 6

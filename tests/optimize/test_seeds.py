@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from autocompress.core.sensitivity import Effect
 from autocompress.core.space import Choice
-from autocompress.optimize.seeds import Effects, predicted, sweep
+from autocompress.optimize.seeds import LOST, Effects, predicted, sweep
 
 Variables = dict[str, tuple[Choice, ...]]
 FP32 = Effect(loss=0.0, cost=0.0)
-LOSSES = st.floats(0, 3)
+LOSSES = st.floats(0, LOST / 4)  # of at most four variables
 COSTS = st.floats(-0.9, 0.2)
 
 
@@ -89,11 +89,20 @@ def test_what_loses_next_to_nothing_is_passed_over_where_there_is_enough_else() 
     free = {
         f"width:f{i}": {"8": Effect(loss=0.0, cost=0.0), "4": Effect(loss=1e-6 * (i + 1), cost=-0.02)} for i in range(9)
     }
-    dear = {f"width:d{i}": {"8": Effect(loss=0.0, cost=0.0), "4": Effect(loss=0.1 + i, cost=-0.1)} for i in range(3)}
+    dear = {f"width:d{i}": {"8": FP32, "4": Effect(loss=0.1 + 0.5 * i, cost=-0.1)} for i in range(3)}
     effects = {**free, **dear}
     policies = sweep(effects, dict.fromkeys(effects, (8, 4)), 3)
     assert all(policy[name] == 4 for policy in policies for name in free)
     assert len(sweep(effects, dict.fromkeys(effects, (8, 4)), 12)) == 12
+
+
+def test_none_is_of_a_model_that_is_lost() -> None:
+    """Ten groups of half a nat each: policies end where four of them are cut; where each loses all, any will do."""
+    effects = {f"width:{i}": {"8": FP32, "4": Effect(loss=0.5, cost=-0.05 - 0.001 * i)} for i in range(10)}
+    cuts = [sum(v == 4 for v in policy.values()) for policy in sweep(effects, dict.fromkeys(effects, (8, 4)), 20)]
+    assert cuts == [1, 2, 3, 4]
+    lost = {name: {"8": FP32, "4": Effect(loss=5.0, cost=-0.05)} for name in effects}
+    assert sweep(lost, dict.fromkeys(lost, (8, 4)), 20)
 
 
 BITS: Variables = {
