@@ -26,6 +26,8 @@ from autocompress.core.profile import Profile
 from autocompress.core.space import Layer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from autocompress.progress import Progress
     from autocompress.task import CheckedTask
 
@@ -251,21 +253,13 @@ def _sizes(task: "CheckedTask", names: Sequence[str]) -> dict[str, str]:
     """For each layer, the shapes of its input and output for one item."""
     import torch
 
+    from autocompress.compress.watched import watched
+
     found: dict[str, str] = {}
 
-    def note(name: str, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def note(name: str, _: "nn.Module", inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         found[name] = f"{list(inputs[0].shape)} to {list(output.shape)}"
 
-    handles = [
-        task.model.get_submodule(name).register_forward_hook(
-            lambda _, inputs, output, name=name: note(name, inputs, output)
-        )
-        for name in names
-    ]
-    try:
-        with torch.no_grad():
-            task.call(task.model, task.batch("calibration", [0])[0])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(task.model, names, note), torch.no_grad():
+        task.call(task.model, task.batch("calibration", [0])[0])
     return found

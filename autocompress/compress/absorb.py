@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.compress.outputs import outputs_of
+from autocompress.compress.watched import watched
 
 Call = Callable[[nn.Module], Any]
 _TOLERANCE = 1e-4
@@ -51,17 +52,9 @@ def followers(model: nn.Module, call: Call) -> dict[str, str]:
             given[id(output)] = name
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Linear, _BatchNorm)
-    handles = [
-        module.register_forward_hook(lambda m, args, output, name=name: look(name, m, args, output))
-        for name, module in model.named_modules()
-        if isinstance(module, kinds)
-    ]
-    try:
-        with torch.no_grad():
-            call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    with watched(model, names, look), torch.no_grad():
+        call(model)
     return {layer: norm for layer, norm in found.items() if runs[layer] == runs[norm] == 1}
 
 

@@ -19,6 +19,7 @@ from autocompress.compress.cluster import codebook
 from autocompress.compress.material import Material
 from autocompress.compress.quantize import Learned, quantize_weight
 from autocompress.compress.rows import Reached
+from autocompress.compress.watched import watched
 from autocompress.core.candidate import LayerChoice
 
 ITEMS = 128
@@ -82,15 +83,9 @@ def rounded_copy(model: nn.Module, layers: Mapping[str, LayerChoice], learned: L
 def _runs(model: nn.Module, layers: Mapping[str, LayerChoice], call: Any) -> Counter[str]:
     """How often convolutions and linear layers among `layers` run, in the order in which they do."""
     seen: Counter[str] = Counter()
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.update([name]))
-        for name in layers
-        if isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d | nn.Linear)
-    ]
-    with torch.no_grad():
+    names = [name for name in layers if isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d | nn.Linear)]
+    with watched(model, names, lambda name, *_: seen.update([name])), torch.no_grad():
         call(model)
-    for handle in handles:
-        handle.remove()
     return seen
 
 
@@ -105,19 +100,14 @@ def _means(
     """The mean of each channel that modules give, which run so often in a forward; it ends with the last of them."""
     found: dict[str, list[Tensor]] = {name: [] for name in runs}
 
-    def look(name: str, module: nn.Module, output: Tensor) -> None:
+    def look(name: str, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
         by_channel = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
         found[name].append(by_channel.flatten(0, -2).mean(0))
         if sum(map(len, found.values())) % sum(runs.values()) == 0:
             raise Reached
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda m, _, output, name=name: look(name, m, output))
-        for name in runs
-    ]
-    for batch in batches:
-        with contextlib.suppress(Reached):
-            material.call(model, batch)
-    for handle in handles:
-        handle.remove()
+    with watched(model, runs, look):
+        for batch in batches:
+            with contextlib.suppress(Reached):
+                material.call(model, batch)
     return {name: torch.stack(means).mean(0) for name, means in found.items()}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.compress.watched import watched
+
 Call = Callable[[nn.Module], Any]
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 ALIKE = 0.9  # cosine of a silenced block's output and its input, or what a rectifier or a norm leaves of that
@@ -59,21 +61,12 @@ def _runs(model: nn.Module, call: Call) -> dict[str, tuple[Tensor, Tensor]]:
     """First input and output of each module that ran once and gave one tensor, inner ones first."""
     seen: dict[str, tuple[Tensor, Tensor] | None] = {}
 
-    def look(name: str, inputs: tuple[Any, ...], output: Any) -> None:
+    def look(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         fits = bool(inputs) and isinstance(inputs[0], Tensor) and isinstance(output, Tensor) and name not in seen
         seen[name] = (inputs[0], output) if fits else None
 
-    handles = [
-        module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs, output))
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(model, [name for name, _ in model.named_modules() if name], look), torch.no_grad():
+        call(model)
     return {name: pair for name, pair in seen.items() if pair is not None and pair[0].is_floating_point()}
 
 

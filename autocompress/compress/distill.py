@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from autocompress.compress.material import Batch, Call
 from autocompress.compress.outputs import outputs_of
+from autocompress.compress.watched import watched
 from autocompress.core.errors import StageError
 
 CACHE_BYTES = 256_000_000  # answers of one teacher that are kept at most
@@ -233,18 +234,11 @@ def _shapes(model: nn.Module, call: Call, batch: Batch) -> dict[str, torch.Size]
     """Output shapes of the modules that give one tensor and run once, in the order they end."""
     seen: dict[str, torch.Size | None] = {}
 
-    def look(name: str, output: Any) -> None:
+    def look(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         seen[name] = output.shape if isinstance(output, Tensor) and name not in seen else None
 
-    handles = [
-        m.register_forward_hook(lambda _, __, output, name=name: look(name, output))
-        for name, m in model.named_modules()
-        if name
-    ]
-    with torch.no_grad():
+    with watched(model, [name for name, _ in model.named_modules() if name], look), torch.no_grad():
         call(model, batch)
-    for handle in handles:
-        handle.remove()
     return {name: shape for name, shape in seen.items() if shape is not None}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from autocompress.compress.cut import Anatomy
 from autocompress.compress.depth import find_blocks
 from autocompress.compress.heads import find_heads
+from autocompress.compress.watched import watched
 from autocompress.compress.width import ChannelGroup, channel_groups
 from autocompress.core.space import Group, Heads, Kind, Layer, Structure
 
@@ -69,16 +70,9 @@ def _value(group: ChannelGroup) -> Group:
 def _count_runs(model: nn.Module, call: Call) -> Counter[str]:
     """How often each module's forward ran on the sample, by name."""
     runs: Counter[str] = Counter()
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: runs.update([name]))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    names = [name for name, _ in model.named_modules()]
+    with watched(model, names, lambda name, *_: runs.update([name])), torch.no_grad():
+        call(model)
     return runs
 
 

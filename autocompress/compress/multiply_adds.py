@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.compress.watched import watched
+
 _COUNTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
@@ -19,20 +21,12 @@ def multiply_adds(model: nn.Module, call: Callable[[nn.Module], Any]) -> dict[st
     """
     found: dict[str, int] = {}
 
-    def look(name: str, module: nn.Module, output: Any) -> None:
+    def look(name: str, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor):
             weight = module.get_parameter("weight")
             found[name] = found.get(name, 0) + output.numel() * (weight.numel() // len(weight))
 
-    handles = [
-        module.register_forward_hook(lambda m, _, output, name=name: look(name, m, output))
-        for name, module in model.named_modules()
-        if isinstance(module, _COUNTED)
-    ]
-    try:
-        with torch.no_grad():
-            call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    counted = [name for name, module in model.named_modules() if isinstance(module, _COUNTED)]
+    with watched(model, counted, look), torch.no_grad():
+        call(model)
     return found

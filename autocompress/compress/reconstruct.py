@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autocompress.compress.material import Batch, Material
 from autocompress.compress.rows import AT_ONCE, Layer, inputs_at, outputs_at
+from autocompress.compress.watched import watched
 from autocompress.compress.width import ChannelGroup
 
 ITEMS = 256
@@ -72,16 +73,15 @@ def _order(model: nn.Module, original: nn.Module, batch: Batch, run: Callable[[n
     seen: list[str] = []
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     theirs = {name: type(module) for name, module in original.named_modules()}
-    handles = []
+    names = []
     for name, layer in model.named_modules():
         weight = layer._parameters.get("weight")  # none where it is computed
         if type(layer) not in _FITTED or theirs.get(name) is not type(layer) or weight is None:
             continue
         if uses[id(weight)] == 1 and weight[0].numel() <= MOST_INPUTS:
-            handles.append(layer.register_forward_hook(lambda *_, name=name: seen.append(name)))
-    run(model, batch)
-    for handle in handles:
-        handle.remove()
+            names.append(name)
+    with watched(model, names, lambda name, *_: seen.append(name)):
+        run(model, batch)
     often = Counter(seen)
     return [name for name in seen if often[name] == 1]
 

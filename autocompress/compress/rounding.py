@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autocompress.compress.material import Batch, Material
 from autocompress.compress.quantize import quantize_weight
 from autocompress.compress.rows import AT_ONCE, inputs_at, outputs_at
+from autocompress.compress.watched import watched
 from autocompress.core.candidate import LayerChoice
 
 ITEMS = 128
@@ -62,15 +63,9 @@ def adaround(
 
 def _in_order(model: nn.Module, layers: Mapping[str, LayerChoice], batch: Batch, material: Material) -> list[str]:
     seen: list[str] = []
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
-        for name in layers
-        if type(model.get_submodule(name)) in (nn.Conv1d, nn.Conv2d, nn.Linear)
-    ]
-    with torch.no_grad():
+    names = [name for name in layers if type(model.get_submodule(name)) in (nn.Conv1d, nn.Conv2d, nn.Linear)]
+    with watched(model, names, lambda name, *_: seen.append(name)), torch.no_grad():
         material.call(model, batch)
-    for handle in handles:
-        handle.remove()
     return [name for name in dict.fromkeys(seen) if seen.count(name) == 1]
 
 

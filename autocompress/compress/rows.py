@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autocompress.compress.material import Batch
+from autocompress.compress.watched import watched
 
 PLACES = 64  # of each item's output that are looked at
 AT_ONCE = 8  # layers whose outputs are kept in memory
@@ -33,19 +34,14 @@ def outputs_at(
     """What the original's layers give at the places, `[rows, channels]` a batch."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def look(name: str, layer: nn.Module, output: Tensor) -> None:
+    def look(name: str, layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
         y = _planes(layer, output)
         i, j = _places(len(found[name]), *y.shape[2:])
         found[name].append(y[:, :, i, j].movedim(1, -1).flatten(0, 1))
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda m, _, output, name=name: look(name, m, output))
-        for name in names
-    ]
-    for batch in batches:
-        run(model, batch)
-    for handle in handles:
-        handle.remove()
+    with watched(model, names, look):
+        for batch in batches:
+            run(model, batch)
     return found
 
 
