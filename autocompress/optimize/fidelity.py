@@ -16,7 +16,9 @@ from autocompress.core.front import hypervolume, nondominated
 # Before a pair is known: half of what was lost comes back, give or take a quarter. Each counts as one pair.
 LEFT, SCATTER = 0.5, 0.25
 NEAR = 0.7  # pairs count by how near the loss of their lower rung is, in natural logarithms
-LEAST_LOSS = 0.002  # two losses below this are the same: intervals of an accuracy are wider
+# Losses below this are the same: intervals of an accuracy are wider. So is what lies above the original: that is luck
+# of these items, and recovery leads to the original's answers, not beyond them.
+LEAST_LOSS = 0.002
 LEAST_PAIRS = 6  # of which a rank correlation means something
 TRUSTED = 0.5  # a rung whose ranks correlate less with the next one's decides nothing
 
@@ -54,16 +56,15 @@ def band(accuracies: Sequence[float], pairs: Sequence[tuple[float, float]], orig
     if len(pairs) >= LEAST_PAIRS and not trusted(rank_correlation(pairs)):
         upper = np.array([high for _, high in pairs])
         return Band(expected=np.full(len(lost), np.median(upper)), spread=np.full(len(lost), np.std(upper)))
-    size = np.maximum(np.abs(lost), LEAST_LOSS)
+    size = np.maximum(lost, LEAST_LOSS)
     low = original - np.array([a for a, _ in pairs], np.float64)
     high = original - np.array([b for _, b in pairs], np.float64)
-    known = np.maximum(np.abs(low), LEAST_LOSS)
+    known = np.maximum(low, LEAST_LOSS)
     near = np.exp(-((np.log(size)[:, None] - np.log(known)[None]) ** 2) / (2 * NEAR**2))
     share = (LEFT + (near * (high / known)).sum(1)) / (1 + near.sum(1))
     off = (high / known)[None] - share[:, None]
     scatter = np.sqrt((SCATTER**2 + (near * off**2).sum(1)) / (1 + near.sum(1)))
-    gains = lost > 0  # what is above the original has nothing to come back
-    return Band(expected=original - np.where(gains, share * lost, lost), spread=scatter * size)
+    return Band(expected=original - share * size, spread=scatter * size)
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:

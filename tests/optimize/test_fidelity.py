@@ -29,7 +29,7 @@ def pairs(share: float, count: int = 12) -> list[tuple[float, float]]:
 @given(accuracies)
 def test_without_pairs_half_of_the_loss_is_expected_back(below: list[float]) -> None:
     found = band(below, [], ORIGINAL)
-    assert found.expected == pytest.approx(ORIGINAL - LEFT * (ORIGINAL - np.array(below)))
+    assert found.expected == pytest.approx(ORIGINAL - LEFT * np.maximum(ORIGINAL - np.array(below), LEAST_LOSS))
     assert (found.optimistic >= found.expected).all()
     assert (found.optimistic <= ORIGINAL + LEAST_LOSS).all()
 
@@ -48,6 +48,16 @@ def test_what_was_learned_of_small_losses_says_little_of_large_ones() -> None:
     left = (ORIGINAL - found.expected) / np.array([0.005, 0.5])
     assert left[0] > 0.85
     assert left[1] == pytest.approx(LEFT, abs=0.02)
+
+
+def test_what_lies_above_the_original_is_not_hoped_to_stay_there() -> None:
+    """Four points above by luck: nothing more is expected of it than of what lost nothing, unless others stayed."""
+    lucky, even = (band([ORIGINAL + x], [], ORIGINAL) for x in (0.04, 0.0))
+    assert lucky.optimistic[0] == even.optimistic[0] <= ORIGINAL
+    fell = [(ORIGINAL + x, ORIGINAL - 0.003) for x in (0.002, 0.003, 0.004)]
+    assert band([ORIGINAL + 0.003], fell, ORIGINAL).expected[0] < even.expected[0] - 0.001
+    stayed = [(ORIGINAL + x, ORIGINAL + x) for x in (0.002, 0.003, 0.004)]
+    assert band([ORIGINAL + 0.003], stayed, ORIGINAL).expected[0] > ORIGINAL
 
 
 def test_a_rung_that_ranks_nothing_decides_nothing() -> None:
