@@ -26,14 +26,15 @@ BEGINS: Mapping[Rung, float] = {"short": 0.12, "full": 0.35}
 ENDS: Mapping[Rung, float] = {"short": 0.65, "full": 1.0}
 SHARES: Mapping[Rung, float] = {"short": 0.2, "full": 0.55}
 # Training the whole original for the steps of a full recovery would take so much of the time of all processes. Pruned
-# models take a third to a half of that, so that a dozen of them fit.
-FULL_SHARE = 0.09
+# models take a tenth to a half of that, a fifth in the middle, so that a dozen or two of them fit.
+FULL_SHARE = 0.13
 SHORT_SHARE = 0.125  # of the full steps
 FEWEST_STEPS = 32  # a shorter training ends below what fitting layers by least squares gives
 MOST_EPOCHS = 30
 ORIGINAL_DROP = 0.1  # how far below the original the front of a search without limits is worth recovering
 SLACK = 1.5  # of a limit of accuracy: what misses it a little now may meet it after recovery
 DEAREST = 1.05  # of fp32's latency or size: what is no better than the original is not worth recovering
+SLOWER = 1.1  # a training that another one beside it slows must end in time, too
 TRIED = 16  # promotions looked at until one fits into the time that is left
 
 
@@ -132,8 +133,9 @@ class Ladder:
             if gains[i] <= 0:
                 return None
             values = self._study.values(number)
-            if self._seconds(waiting[i], rung) < self._left_s() and self._study.claim(_key(rung, number), values):
-                candidate = self._space.decode(values, recover_steps=self._steps.on(rung))
+            candidate = self._space.decode(values, recover_steps=self._steps.on(rung))
+            seconds = self._seconds(waiting[i], candidate, rung)
+            if seconds < self._left_s() and self._study.claim(_key(rung, number), values):
                 return Attempt(values=values, candidate=candidate, rung=rung, promoted_from=number)
         return None
 
@@ -189,15 +191,26 @@ class Ladder:
             spent[trial.rung] += sum(trial.seconds.values()) if self._by_time else 1.0
         return spent
 
-    def _seconds(self, trial: Trial, rung: Rung) -> float:
-        """What a promotion will take: its training on the rung below in proportion, and all the rest as there."""
-        trained = trial.seconds.get("recover", 0.0)
-        rest = sum(trial.seconds.values()) - trained
-        steps = self._steps.on(BELOW[rung])
-        if steps:
-            return rest + trained * self._steps.on(rung) / steps
-        like = [t.seconds.get("recover", 0.0) for t in self._study.known if t.rung == rung]
+    def _seconds(self, trial: Trial, candidate: Candidate, rung: Rung) -> float:
+        """What a promotion of `trial` to `candidate` will take.
+
+        Its training on the rung below in proportion, and all the rest as there. Candidates whose weights are the same
+        are trained once, whichever comes first.
+        """
+        rest = sum(trial.seconds.values()) - trial.seconds.get("recover", 0.0)
+        if self._trained(candidate, rung) is not None:
+            return rest
+        below = self._trained(trial.candidate, BELOW[rung])
+        if below:
+            return rest + SLOWER * below * self._steps.on(rung) / self._steps.on(BELOW[rung])
+        like = [t.seconds["recover"] for t in self._study.known if t.rung == rung and "recover" in t.seconds]
         return rest + (statistics.median(like) if like else 0.0)
+
+    def _trained(self, candidate: Candidate, rung: Rung) -> float | None:
+        """How long the weights of a candidate were trained on a rung, None where they were not."""
+        key = candidate.weights_key
+        same = (t for t in self._study.known if t.rung == rung and t.candidate.weights_key == key)
+        return max((t.seconds["recover"] for t in same if "recover" in t.seconds), default=None)
 
     @property
     def _fp32(self) -> Score:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from autocompress.core.front import Limits, judged
-from autocompress.core.trial import Trial
-from autocompress.ladder import FEWEST_STEPS, Steps
+from autocompress.core.trial import Rung, Trial
+from autocompress.ladder import FEWEST_STEPS, Ladder, Steps
+from autocompress.optimize.study import Study
 from autocompress.run import Run
 from tests import scripted
 
@@ -129,3 +130,38 @@ def test_a_resumed_search_climbs_on_from_what_is_there(tmp_path: Path) -> None:
     promoted = [t.promoted_from for t in run.trials() if t.rung == "short"]
     assert len(promoted) == len(set(promoted))
     assert before < set(promoted)
+
+
+def test_a_recovery_is_begun_only_where_it_ends_in_time(tmp_path: Path) -> None:
+    """Candidates that differ in bits share weights, trained for whoever comes first: the others tell no time."""
+    space, steps = scripted.space(), Steps.of(scripted.FULL)
+    terms = (f"sqlite:///{tmp_path}/study.db", "study", ("accuracy", "latency"), space.variables)
+    with Study(*terms, digest=lambda values: space.decode(values).digest, seed=0) as study:
+
+        def tell(bits: str, rung: Rung, promoted_from: int | None, **seconds: float) -> int:
+            values = {n: bits if n.startswith("precision") else cs[0] for n, cs in space.variables.items()}
+            values |= {n: cs[1] for n, cs in space.variables.items() if n.startswith("width")}
+            candidate = space.decode(values, recover_steps=steps.on(rung))
+            trial = Trial(
+                number=-1, role="candidate", candidate=candidate, outcome=scripted.score(candidate), rung=rung,
+                promoted_from=promoted_from, seconds={"score": 1.0, **seconds},
+            )  # fmt: skip
+            return study.tell(trial, values, {}).number
+
+        def next_rung(left_s: float) -> Rung:
+            now = Ladder(study, space, steps, Limits(), progress=lambda: 0.9, left_s=lambda: left_s, by_time=False)
+            attempt = now.next()
+            assert attempt is not None
+            now.ended(attempt)
+            return attempt.rung
+
+        fp32 = space.uniform_float("fp32")
+        whole = space.decode(fp32)
+        study.tell(Trial(number=-1, role="fp32", candidate=whole, outcome=scripted.score(whole)), fp32, {})
+        one, other = (tell(bits, "oneshot", None) for bits in ("w8a8", "fp32"))
+        for number, bits, took in ((one, "w8a8", {"recover": 10.0}), (other, "fp32", {})):
+            climbed = tell(bits, "short", number, **took)
+            assert next_rung(200.0) == "full"
+            assert next_rung(60.0) == "oneshot"
+        tell("fp32", "full", climbed, recover=80.0)
+        assert next_rung(60.0) == "full"
