@@ -12,8 +12,8 @@ The search of a target and the hand's files stay in `--work`: what is there is n
 interrupted is made anew, since its time cannot be compared.
 
 Exits with 1 where the model that the search's front gives for 0.5 points on validation items is not that good on test
-items, or by the lower end of its interval not as much faster as asked; and where the search is not ahead by separated
-intervals: in hypervolume, and at every level of accuracy but those where both sides have the same baseline.
+items, or by the lower end of its interval not as much faster as asked; and where the search is not ahead by a 95 %
+interval: in hypervolume, and at every level of accuracy but those where both sides have the same baseline.
 """
 
 import argparse

@@ -161,17 +161,26 @@ def versus(files: Sequence[File], ours: str, theirs: Sequence[str], seed: int = 
 
 
 def level(draws: Draws, ours: Sequence[int], theirs: Sequence[int], fp32: int, drop: float) -> dict[str, Any]:
-    """The fastest files of two sides at most `drop` below fp32, and who is ahead by separated intervals.
+    """The fastest files of two sides at most `drop` below fp32, and how many times as fast ours is.
 
-    "same" is where it is one and the same file in every draw: a baseline that both sides have.
+    Both sides are judged by the same items and blocks in every draw, and so is their ratio: whose interval lies above 1
+    is ahead. `separated` is whether their own intervals do not overlap either, which says less: most of what moves them
+    moves both. "same" is where it is one and the same file in every draw, a baseline that both sides have.
     """
     mine, other = (fastest(draws, members, fp32, drop) for members in (ours, theirs))
     sides = [(float(values[0]), interval(values)) for values in (mine, other)]
-    (_, a), (_, b) = sides
-    ahead = "ours" if separated(a, b) else "theirs" if separated(b, a) else "tie"
-    if bool((mine == other).all()):
-        ahead = "same"
-    return {"drop": drop, "ours": sides[0], "theirs": sides[1], "ahead": ahead}
+    with np.errstate(invalid="ignore"):
+        faster = np.where(mine == other, 1.0, other / mine)  # neither side may have a file
+    low, high = interval(faster)
+    same = bool((mine == other).all())
+    return {
+        "drop": drop,
+        "ours": sides[0],
+        "theirs": sides[1],
+        "faster": (float(faster[0]), (low, high)),
+        "separated": separated(sides[0][1], sides[1][1]) or separated(sides[1][1], sides[0][1]),
+        "ahead": "same" if same else "ours" if low > 1 else "theirs" if high < 1 else "tie",
+    }
 
 
 def finite(value: Any) -> Any:
@@ -192,8 +201,10 @@ def show(result: Mapping[str, Any], ours: str) -> None:
     for side, row in result["against"].items():
         low, high = row["interval"]
         print(f"\n{ours} against {side}: gain {row['hypervolume_gain']:+.4f} [{low:+.4f}, {high:+.4f}]")
-        print(f"{'at most below fp32':>20} {ours:>24} {side:>24}  ahead")
+        print(f"{'at most below fp32':>20} {ours:>24} {side:>24} {'times as fast':>20}  ahead")
         for at in row["levels"]:
             cells = [f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]" for value, ci in (at["ours"], at["theirs"])]
+            faster, (low, high) = at["faster"]
+            text = f"{faster:.2f} [{low:.2f}, {high:.2f}]"
             who = {"ours": ours, "theirs": side, "tie": "neither", "same": "same file"}[at["ahead"]]
-            print(f"{100 * at['drop']:>13.2f} points {cells[0]:>24} {cells[1]:>24}  {who}")
+            print(f"{100 * at['drop']:>13.2f} points {cells[0]:>24} {cells[1]:>24} {text:>20}  {who}")
