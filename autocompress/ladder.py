@@ -35,6 +35,7 @@ ORIGINAL_DROP = 0.1  # how far below the original the front of a search without 
 SLACK = 1.5  # of a limit of accuracy: what misses it a little now may meet it after recovery
 DEAREST = 1.05  # of fp32's latency or size: what is no better than the original is not worth recovering
 SLOWER = 1.1  # a training that another one beside it slows must end in time, too
+HOPES = (1.0, 3.0, 9.0)  # spreads above what is expected: those who have not even these are not promoted
 TRIED = 16  # promotions looked at until one fits into the time that is left
 
 
@@ -109,21 +110,23 @@ class Ladder:
             due = SHARES[rung] * total * min(1.0, (progress - BEGINS[rung]) / (ENDS[rung] - BEGINS[rung]))
             if spent[rung] < due and (found := self._promotion(rung)) is not None:
                 return found
-        if self._leads_somewhere() and (values := self._study.ask()) is not None:
+        leads = self._leads_somewhere()
+        if leads and (values := self._study.ask()) is not None:
             return Attempt(values=values, candidate=self._space.decode(values))
-        return next((found for rung in ABOVE if (found := self._promotion(rung)) is not None), None)
+        others = ((rung, hope) for hope in HOPES for rung in (ABOVE if leads else ABOVE[:1]))
+        return next((found for rung, hope in others if (found := self._promotion(rung, hope)) is not None), None)
 
     def ended(self, attempt: Attempt) -> None:
         """Let others have what `next` claimed; its trial, if there is one, is in the record."""
         if attempt.promoted_from is not None:
             self._study.release(_key(attempt.rung, attempt.promoted_from))
 
-    def _promotion(self, rung: Rung) -> Attempt | None:
-        """The candidate of the rung below with the largest optimistic gain, of those that the time is enough for."""
+    def _promotion(self, rung: Rung, hope: float = HOPES[0]) -> Attempt | None:
+        """The candidate of the rung below with the largest hoped for gain, of those that the time is enough for."""
         waiting = self._waiting(rung)
         if not waiting:
             return None
-        expected, hoped = self._band(waiting, rung)
+        expected, hoped = self._band(waiting, rung, hope)
         others = self._study.claimed()
         held = [self._rated(t) for t in self._study.known if t.score and (t.role != "candidate" or t.rung == rung)]
         held += [point for t, point in zip(waiting, expected, strict=True) if _key(rung, t.number) in others]
@@ -155,13 +158,13 @@ class Ladder:
             if t.score is not None and t.score.items is None and self._measured(t.score)
         ]
 
-    def _band(self, waiting: Sequence[Trial], rung: Rung) -> tuple[list[Rated], list[Rated]]:
-        """What is expected of each on `rung`, and what may be hoped for."""
+    def _band(self, waiting: Sequence[Trial], rung: Rung, hope: float) -> tuple[list[Rated], list[Rated]]:
+        """What is expected of each on `rung`, and what may be hoped for, so many spreads above."""
         rated = [self._rated(t) for t in waiting]
         found = band([point.accuracy for point in rated], self._pairs(rung), self._fp32.accuracy)
         expected, hoped = (
             [Rated(accuracy=float(a), costs=point.costs) for a, point in zip(side, rated, strict=True)]
-            for side in (found.expected, found.optimistic)
+            for side in (found.expected, found.hoped(hope))
         )
         return expected, hoped
 
@@ -209,8 +212,8 @@ class Ladder:
     def _trained(self, candidate: Candidate, rung: Rung) -> float | None:
         """How long the weights of a candidate were trained on a rung, None where they were not."""
         key = candidate.weights_key
-        same = (t for t in self._study.known if t.rung == rung and t.candidate.weights_key == key)
-        return max((t.seconds["recover"] for t in same if "recover" in t.seconds), default=None)
+        trained = (t for t in self._study.known if t.rung == rung and "recover" in t.seconds)
+        return max((t.seconds["recover"] for t in trained if t.candidate.weights_key == key), default=None)
 
     @property
     def _fp32(self) -> Score:

@@ -171,7 +171,9 @@ class Session:
             with self._timed("study"):
                 attempt = self._attempt() if ladder is None else ladder.next()
             if attempt is None:
-                return "space exhausted" if ladder is None else "nothing left that is worth it and fits"
+                reason = "space exhausted" if ladder is None else "nothing left that is worth it and fits"
+                self._progress.note(f"{reason}: this ends before the budget is spent")
+                return reason
             try:
                 self._evaluate(attempt.values, attempt.candidate, "candidate", attempt)
             finally:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from autocompress.core.front import Limits, judged
 from autocompress.core.trial import Rung, Trial
-from autocompress.ladder import FEWEST_STEPS, Ladder, Steps
+from autocompress.ladder import FEWEST_STEPS, Attempt, Ladder, Steps
 from autocompress.optimize.study import Study
 from autocompress.run import Run
 from tests import scripted
@@ -132,36 +133,65 @@ def test_a_resumed_search_climbs_on_from_what_is_there(tmp_path: Path) -> None:
     assert before < set(promoted)
 
 
-def test_a_recovery_is_begun_only_where_it_ends_in_time(tmp_path: Path) -> None:
-    """Candidates that differ in bits share weights, trained for whoever comes first: the others tell no time."""
-    space, steps = scripted.space(), Steps.of(scripted.FULL)
+class Told:
+    """A study of candidates of half the width, told one by one; fp32 is in it."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.space, self.steps = study, scripted.space(), Steps.of(scripted.FULL)
+        fp32 = self.space.uniform_float("fp32")
+        whole = self.space.decode(fp32)
+        study.tell(Trial(number=-1, role="fp32", candidate=whole, outcome=scripted.score(whole)), fp32, {})
+
+    def tell(
+        self, bits: str, rung: Rung = "oneshot", promoted_from: int | None = None, above: float = 0.0, **seconds: float
+    ) -> int:
+        """A trial, so much better than by the formula; its number."""
+        variables = self.space.variables
+        values = {n: bits if n.startswith("precision") else cs[0] for n, cs in variables.items()}
+        values |= {n: cs[1] for n, cs in variables.items() if n.startswith("width")}
+        candidate = self.space.decode(values, recover_steps=self.steps.on(rung))
+        score = scripted.score(candidate)
+        trial = Trial(
+            number=-1, role="candidate", candidate=candidate, rung=rung, promoted_from=promoted_from,
+            outcome=replace(score, accuracy=score.accuracy + above), seconds={"score": 1.0, **seconds},
+        )  # fmt: skip
+        return self.study.tell(trial, values, {}).number
+
+    def next(self, left_s: float) -> Attempt:
+        """What a ladder would try with so much time left."""
+        left = {"progress": lambda: 0.9, "left_s": lambda: left_s}
+        ladder = Ladder(self.study, self.space, self.steps, Limits(), by_time=False, **left)
+        attempt = ladder.next()
+        assert attempt is not None
+        ladder.ended(attempt)
+        return attempt
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Iterator[Told]:
+    space = scripted.space()
     terms = (f"sqlite:///{tmp_path}/study.db", "study", ("accuracy", "latency"), space.variables)
     with Study(*terms, digest=lambda values: space.decode(values).digest, seed=0) as study:
+        yield Told(study)
 
-        def tell(bits: str, rung: Rung, promoted_from: int | None, **seconds: float) -> int:
-            values = {n: bits if n.startswith("precision") else cs[0] for n, cs in space.variables.items()}
-            values |= {n: cs[1] for n, cs in space.variables.items() if n.startswith("width")}
-            candidate = space.decode(values, recover_steps=steps.on(rung))
-            trial = Trial(
-                number=-1, role="candidate", candidate=candidate, outcome=scripted.score(candidate), rung=rung,
-                promoted_from=promoted_from, seconds={"score": 1.0, **seconds},
-            )  # fmt: skip
-            return study.tell(trial, values, {}).number
 
-        def next_rung(left_s: float) -> Rung:
-            now = Ladder(study, space, steps, Limits(), progress=lambda: 0.9, left_s=lambda: left_s, by_time=False)
-            attempt = now.next()
-            assert attempt is not None
-            now.ended(attempt)
-            return attempt.rung
+def test_a_recovery_is_begun_only_where_it_ends_in_time(told: Told) -> None:
+    """Candidates that differ in bits share weights, trained for whoever comes first: the others tell no time."""
+    one, other = told.tell("w8a8"), told.tell("fp32")
+    for number, bits, took in ((one, "w8a8", {"recover": 10.0}), (other, "fp32", {})):
+        climbed = told.tell(bits, "short", number, **took)
+        assert told.next(200.0).rung == "full"
+        assert told.next(60.0).rung == "oneshot"
+    told.tell("fp32", "full", climbed, recover=80.0)
+    assert told.next(60.0).rung == "full"
 
-        fp32 = space.uniform_float("fp32")
-        whole = space.decode(fp32)
-        study.tell(Trial(number=-1, role="fp32", candidate=whole, outcome=scripted.score(whole)), fp32, {})
-        one, other = (tell(bits, "oneshot", None) for bits in ("w8a8", "fp32"))
-        for number, bits, took in ((one, "w8a8", {"recover": 10.0}), (other, "fp32", {})):
-            climbed = tell(bits, "short", number, **took)
-            assert next_rung(200.0) == "full"
-            assert next_rung(60.0) == "oneshot"
-        tell("fp32", "full", climbed, recover=80.0)
-        assert next_rung(60.0) == "full"
+
+def test_time_that_is_left_goes_to_those_of_whom_little_is_hoped(told: Told) -> None:
+    """One that came out far above the original leaves nothing to hope for, but there is nothing better to do."""
+    one, other = told.tell("w8a8"), told.tell("fp32")
+    high = told.tell("w8a8", "short", one, recover=10.0)
+    waiting = told.tell("fp32", "short", other, recover=10.0)
+    told.tell("w8a8", "full", high, above=0.1, recover=200.0)
+    assert told.next(500.0).rung == "oneshot"
+    attempt = told.next(150.0)  # too little for what a full one took so far, enough for this one
+    assert (attempt.rung, attempt.promoted_from) == ("full", waiting)

@@ -38,10 +38,9 @@ class Band:
     expected: NDArray[np.float64]
     spread: NDArray[np.float64]
 
-    @property
-    def optimistic(self) -> NDArray[np.float64]:
-        """One spread above what is expected."""
-        return self.expected + self.spread
+    def hoped(self, spreads: float) -> NDArray[np.float64]:
+        """So many spreads above what is expected."""
+        return self.expected + spreads * self.spread
 
 
 def band(accuracies: Sequence[float], pairs: Sequence[tuple[float, float]], original: float) -> Band:

@@ -87,12 +87,13 @@ def verdict(front: Front, max_drop: float = 1.0) -> str:
             f"by separated intervals (uniform-int8: {latency(int8)} ms)."
         )
     trial, score = min(winners, key=lambda row: row[1].latency_ms)
+    lost = 100 * (fp32.accuracy - score.accuracy)
     slower = against_fp32(score)[1] == "slower"
     which = f"the fastest {'candidate ' * slower}within {max_drop:g} point of fp32's accuracy"
     return (
         f"Trial {trial.number} is {which}{', and fp32 itself is faster' * slower}: {latency(score)} ms, "
         f"{compared(against(score, int8))} than uniform-int8 ({latency(int8)} ms), "
-        f"{compared(against_fp32(score))} against fp32, {100 * (fp32.accuracy - score.accuracy):+.2f} points lost."
+        f"{compared(against_fp32(score))} against fp32, {abs(lost):.2f} points {'gained' if lost < 0 else 'lost'}."
     )
 
 

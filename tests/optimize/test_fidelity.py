@@ -30,8 +30,8 @@ def pairs(share: float, count: int = 12) -> list[tuple[float, float]]:
 def test_without_pairs_half_of_the_loss_is_expected_back(below: list[float]) -> None:
     found = band(below, [], ORIGINAL)
     assert found.expected == pytest.approx(ORIGINAL - LEFT * np.maximum(ORIGINAL - np.array(below), LEAST_LOSS))
-    assert (found.optimistic >= found.expected).all()
-    assert (found.optimistic <= ORIGINAL + LEAST_LOSS).all()
+    assert (found.hoped(1.0) >= found.expected).all()
+    assert (found.hoped(1.0) <= ORIGINAL + LEAST_LOSS).all()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.8])
@@ -53,7 +53,7 @@ def test_what_was_learned_of_small_losses_says_little_of_large_ones() -> None:
 def test_what_lies_above_the_original_is_not_hoped_to_stay_there() -> None:
     """Four points above by luck: nothing more is expected of it than of what lost nothing, unless others stayed."""
     lucky, even = (band([ORIGINAL + x], [], ORIGINAL) for x in (0.04, 0.0))
-    assert lucky.optimistic[0] == even.optimistic[0] <= ORIGINAL
+    assert lucky.hoped(1.0)[0] == even.hoped(1.0)[0] <= ORIGINAL
     fell = [(ORIGINAL + x, ORIGINAL - 0.003) for x in (0.002, 0.003, 0.004)]
     assert band([ORIGINAL + 0.003], fell, ORIGINAL).expected[0] < even.expected[0] - 0.001
     stayed = [(ORIGINAL + x, ORIGINAL + x) for x in (0.002, 0.003, 0.004)]
@@ -66,8 +66,8 @@ def test_a_rung_that_ranks_nothing_decides_nothing() -> None:
     known = list(zip(rng.permutation(np.linspace(0.5, 0.9, 20)), np.linspace(0.8, 0.92, 20), strict=True))
     assert not trusted(rank_correlation(known))
     found = band([0.3, 0.6, 0.9], known, ORIGINAL)
-    assert np.ptp(found.optimistic) == 0
-    assert len(set(np.round(band([0.3, 0.6, 0.9], known[: LEAST_PAIRS - 1], ORIGINAL).optimistic, 6))) == 3
+    assert np.ptp(found.hoped(1.0)) == 0
+    assert len(set(np.round(band([0.3, 0.6, 0.9], known[: LEAST_PAIRS - 1], ORIGINAL).hoped(1.0), 6))) == 3
 
 
 def test_rank_correlation_is_spearmans() -> None:

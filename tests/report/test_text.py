@@ -29,7 +29,7 @@ def test_the_verdict_names_the_fastest_winner_within_a_point() -> None:
     said = text.verdict(Front.of(made.trials()))
     assert said.startswith("Trial 2 is the fastest within 1 point of fp32's accuracy: 0.400 [0.392, 0.408] ms")
     assert "1.25x faster than uniform-int8" in said
-    assert "2.50x faster against fp32, +0.50 points lost" in said
+    assert "2.50x faster against fp32, 0.50 points lost" in said
 
 
 def test_a_point_that_beats_uniform_int8_and_not_fp32_is_named_with_both() -> None:
@@ -40,7 +40,7 @@ def test_a_point_that_beats_uniform_int8_and_not_fp32_is_named_with_both() -> No
     ]
     said = text.verdict(Front.of(trials))
     assert "1.49x faster than uniform-int8" in said
-    assert "0.99x even against fp32, -1.00 points lost" in said
+    assert "0.99x even against fp32, 1.00 points gained" in said
 
 
 def test_the_verdict_says_so_when_fp32_itself_is_faster() -> None:
