@@ -16,11 +16,11 @@ from autocompress.core.front import hypervolume, nondominated
 # Before a pair is known: half of what was lost comes back, give or take a quarter. Each counts as one pair.
 LEFT, SCATTER = 0.5, 0.25
 NEAR = 0.7  # pairs count by how near the loss of their lower rung is, in natural logarithms
-# Losses below this are the same: intervals of an accuracy are wider. So is what lies above the original: that is luck
-# of these items, and recovery leads to the original's answers, not beyond them.
-LEAST_LOSS = 0.002
+LEAST_LOSS = 0.002  # two losses below this are the same: intervals of an accuracy are wider
 LEAST_PAIRS = 6  # of which a rank correlation means something
 TRUSTED = 0.5  # a rung whose ranks correlate less with the next one's decides nothing
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +35,20 @@ class Rated:
 class Band:
     """What the next rung is expected to give, for each candidate: `[candidates]`."""
 
-    expected: NDArray[np.float64]
-    spread: NDArray[np.float64]
+    expected: Floats
+    spread: Floats
 
-    def hoped(self, spreads: float) -> NDArray[np.float64]:
+    def hoped(self, spreads: float) -> Floats:
         """So many spreads above what is expected."""
         return self.expected + spreads * self.spread
 
 
 def band(accuracies: Sequence[float], pairs: Sequence[tuple[float, float]], original: float) -> Band:
     """Accuracies on the next rung, given those on this one.
+
+    Of a loss a share is left, which is learned from losses of about that size. What lost next to nothing, or lies above
+    the original, has nothing to come back: half of what it is above may be luck of these items, and what a recovery
+    adds or takes there is learned from others like it.
 
     Args:
         accuracies: on the lower rung.
@@ -55,15 +59,31 @@ def band(accuracies: Sequence[float], pairs: Sequence[tuple[float, float]], orig
     if len(pairs) >= LEAST_PAIRS and not trusted(rank_correlation(pairs)):
         upper = np.array([high for _, high in pairs])
         return Band(expected=np.full(len(lost), np.median(upper)), spread=np.full(len(lost), np.std(upper)))
-    size = np.maximum(lost, LEAST_LOSS)
     low = original - np.array([a for a, _ in pairs], np.float64)
     high = original - np.array([b for _, b in pairs], np.float64)
-    known = np.maximum(low, LEAST_LOSS)
+    left, scatter = _left(lost, low[low > -LEAST_LOSS], high[low > -LEAST_LOSS])
+    even, evens = lost <= LEAST_LOSS, low <= LEAST_LOSS
+    left[even], scatter[even] = _kept(lost[even], low[evens], high[evens])
+    return Band(expected=original - left, spread=scatter)
+
+
+def _left(lost: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """What is left of each loss, and how far that scatters, by the losses of others before and after."""
+    size, known = np.maximum(lost, LEAST_LOSS), np.maximum(low, LEAST_LOSS)
     near = np.exp(-((np.log(size)[:, None] - np.log(known)[None]) ** 2) / (2 * NEAR**2))
     share = (LEFT + (near * (high / known)).sum(1)) / (1 + near.sum(1))
     off = (high / known)[None] - share[:, None]
     scatter = np.sqrt((SCATTER**2 + (near * off**2).sum(1)) / (1 + near.sum(1)))
-    return Band(expected=original - share * size, spread=scatter * size)
+    return share * size, scatter * size
+
+
+def _kept(lost: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """The same of what lost next to nothing, by what others like it gained."""
+    gained, count = low - high, 1 + len(low)
+    gain = (LEFT * lost + gained.sum()) / count
+    off = gained[None] - gain[:, None]
+    size = np.maximum(np.abs(lost), LEAST_LOSS)
+    return lost - gain, np.sqrt((SCATTER**2 * size**2 + (off**2).sum(1)) / count)
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
@@ -85,7 +105,7 @@ def contributions(
     candidates: Sequence[Rated],
     front: Sequence[Rated],
     worst: Rated,
-) -> NDArray[np.float64]:
+) -> Floats:
     """What each candidate would add to the hypervolume of `front` up to `worst`, `[candidates]`."""
     reference = _losses([worst])[0]
     held = _losses(front).reshape(-1, len(reference))
@@ -94,11 +114,11 @@ def contributions(
     return np.array([hypervolume(np.vstack([held, point]), reference) - before for point in _losses(candidates)])
 
 
-def _losses(points: Sequence[Rated]) -> NDArray[np.float64]:
+def _losses(points: Sequence[Rated]) -> Floats:
     return np.array([(-point.accuracy, *point.costs) for point in points], np.float64)
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def _ranks(values: Floats) -> Floats:
     order = np.argsort(values, kind="stable")
     ranks = np.empty(len(values))
     ranks[order] = np.arange(len(values))

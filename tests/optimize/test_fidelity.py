@@ -29,7 +29,7 @@ def pairs(share: float, count: int = 12) -> list[tuple[float, float]]:
 @given(accuracies)
 def test_without_pairs_half_of_the_loss_is_expected_back(below: list[float]) -> None:
     found = band(below, [], ORIGINAL)
-    assert found.expected == pytest.approx(ORIGINAL - LEFT * np.maximum(ORIGINAL - np.array(below), LEAST_LOSS))
+    assert found.expected == pytest.approx(ORIGINAL - LEFT * (ORIGINAL - np.array(below)))
     assert (found.hoped(1.0) >= found.expected).all()
     assert (found.hoped(1.0) <= ORIGINAL + LEAST_LOSS).all()
 
@@ -50,14 +50,18 @@ def test_what_was_learned_of_small_losses_says_little_of_large_ones() -> None:
     assert left[1] == pytest.approx(LEFT, abs=0.02)
 
 
-def test_what_lies_above_the_original_is_not_hoped_to_stay_there() -> None:
-    """Four points above by luck: nothing more is expected of it than of what lost nothing, unless others stayed."""
-    lucky, even = (band([ORIGINAL + x], [], ORIGINAL) for x in (0.04, 0.0))
-    assert lucky.hoped(1.0)[0] == even.hoped(1.0)[0] <= ORIGINAL
-    fell = [(ORIGINAL + x, ORIGINAL - 0.003) for x in (0.002, 0.003, 0.004)]
-    assert band([ORIGINAL + 0.003], fell, ORIGINAL).expected[0] < even.expected[0] - 0.001
-    stayed = [(ORIGINAL + x, ORIGINAL + x) for x in (0.002, 0.003, 0.004)]
-    assert band([ORIGINAL + 0.003], stayed, ORIGINAL).expected[0] > ORIGINAL
+def test_half_of_what_lies_above_the_original_is_luck_until_others_tell() -> None:
+    """Recovery takes the other half too, or adds to it, and what it does there says nothing of losses."""
+    above = ORIGINAL + 0.003
+    assert band([above], [], ORIGINAL).expected[0] == pytest.approx(ORIGINAL + 0.0015)
+    fell = [(ORIGINAL + x, ORIGINAL + x - 0.006) for x in np.linspace(0.001, 0.006, 6)]
+    rose = [(ORIGINAL + x, ORIGINAL + x + 0.006) for x in np.linspace(0.001, 0.006, 6)]
+    assert band([above], fell, ORIGINAL).hoped(1.0)[0] < ORIGINAL
+    assert band([above], rose, ORIGINAL).expected[0] == pytest.approx(above + 0.005, abs=0.001)
+    better, worse = band([above + 0.002, above], rose, ORIGINAL).expected
+    assert better > worse
+    lost = ORIGINAL - 0.1
+    assert band([lost], rose, ORIGINAL).expected == pytest.approx(band([lost], [], ORIGINAL).expected, abs=0.005)
 
 
 def test_a_rung_that_ranks_nothing_decides_nothing() -> None:
