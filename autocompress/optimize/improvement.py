@@ -48,9 +48,9 @@ def nearest(losses: Array, front: Array, count: int) -> Rows:
     """The `count` rows of `[trials, objectives]` that need the least improvement to be on the front, nearest first."""
     span = np.ptp(losses, axis=0)
     unit = np.where(span > 0, span, 1.0)
-    missing = np.full(len(losses), np.inf)
+    missing, columns = np.full(len(losses), np.inf), (losses / unit).T.copy()  # a maximum of few is slow by rows
     for point in thinned(front / unit, WIDEST_NEAR):
-        missing = np.minimum(missing, (losses / unit - point).max(1))
+        missing = np.minimum(missing, (columns - point[:, None]).max(0))
     return np.argsort(missing, kind="stable")[:count]
 
 
@@ -62,7 +62,8 @@ def thinned(front: Array, count: int) -> Array:
     chosen = [int(scaled[:, 0].argmin())]
     apart = np.full(len(front), np.inf)
     while len(chosen) < count:
-        apart = np.minimum(apart, ((scaled - scaled[chosen[-1]]) ** 2).sum(1))
+        away = scaled - scaled[chosen[-1]]
+        apart = np.minimum(apart, np.einsum("ij,ij->i", away, away))
         chosen.append(int(apart.argmax()))
     return front[chosen]
 

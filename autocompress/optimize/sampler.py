@@ -265,5 +265,7 @@ class SurrogateSampler(BaseSampler):
             least = np.argsort(self._violations, kind="stable")[:CLIMBERS]
             front = sorted(set(self._front[False].numbers) & set(least.tolist())) or least.tolist()
         reference = self._reference(front)
-        within = [i for i in front if (self._losses[i] <= reference).all()]
-        return sorted(within or front, key=lambda i: self._losses[i, -1])
+        rows = np.array(front)
+        within = rows[(self._losses[rows] <= reference).all(1)]
+        chosen = within if len(within) else rows
+        return [int(i) for i in chosen[np.argsort(self._losses[chosen, -1], kind="stable")]]
