@@ -122,7 +122,7 @@ def test_the_walk_sees_every_kind_of_import() -> None:
     assert len(LIGHT) > 20
     assert Import(module="optuna", at_once=True) in imports("autocompress.optimize.study")
     assert Import(module="torch", at_once=False) in imports("autocompress.build")
-    assert Import(module="onnxruntime", at_once=False) in imports("autocompress.export.parity")
+    assert Import(module="onnxruntime", at_once=False) in imports("autocompress.export.session")
     assert "torch" in loaded_with("autocompress.export.template")
 
 

@@ -14,6 +14,9 @@ def settle_batchnorm(model: nn.Module, call: Call, batches: Iterable[Batch]) -> 
     if not norms:
         return
     momenta = [m.momentum for m in norms]
+    four_d = any(isinstance(m, nn.Conv2d) for m in model.modules())
+    if four_d:  # takes three quarters of the time
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -22,6 +25,8 @@ def settle_batchnorm(model: nn.Module, call: Call, batches: Iterable[Batch]) -> 
     with torch.no_grad():
         for batch in batches:
             call(model, batch)
+    if four_d:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

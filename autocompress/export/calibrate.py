@@ -4,20 +4,17 @@ The statistics are computed inside the graph, so that only a few numbers leave i
 evenly spaced sample for the calibrators that look at the distribution.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from autocompress.compress.quantize import ActivationStats
-from autocompress.core.errors import StageError
-from autocompress.core.extras import require
 from autocompress.export.graph import constant, tidy, to_bytes
 from autocompress.export.qdq import integer_units
+from autocompress.export.session import Feeds, Session
 
-Feeds = Mapping[str, NDArray[np.generic]]
 _STRIDE = 61  # prime, so that it does not walk in step with rows or channels
 _SAMPLES = 1 << 16
 
@@ -35,12 +32,12 @@ def collect_stats(model: ir.Model, layers: Iterable[str], batches: Iterable[Feed
         graph.outputs.extend(_observers(graph, value))
     for value in original:
         graph.outputs.remove(value)
-    session = _session(to_bytes(tidy(observed)))
+    session = Session(to_bytes(tidy(observed)), "calibrate")
     names = [str(value.name) for value in tensors]
     lows, highs = dict.fromkeys(names, np.inf), dict.fromkeys(names, -np.inf)
     samples: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
     for feeds in batches:
-        got = iter(session.run(None, dict(feeds)))
+        got = iter(session.run(feeds))
         for name in names:
             lows[name] = _worst(min, lows[name], next(got))
             highs[name] = _worst(max, highs[name], next(got))
@@ -73,16 +70,6 @@ def _observers(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
     else:
         graph.insert_before(graph[0], made)
     return [made[0].outputs[0], made[1].outputs[0], made[3].outputs[0]]
-
-
-def _session(model: bytes) -> Any:
-    ort = require("onnxruntime", "onnxruntime")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises classes of its own for each status code
-        raise StageError("calibrate", f"ONNX Runtime cannot load the calibration graph: {error}") from error
 
 
 def _worst(pick: Callable[[float, float], float], known: float, seen: NDArray[np.float32]) -> float:

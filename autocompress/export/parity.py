@@ -9,8 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from autocompress.core.errors import StageError
-from autocompress.core.extras import require
 from autocompress.export.graph import only_consumer, to_bytes
+from autocompress.export.session import Session
 
 Arrays = Sequence[NDArray[np.generic]]
 FLOAT_TOLERANCE = 1e-3  # of the largest output; exact exports differ by about 1e-6
@@ -25,16 +25,7 @@ def run_onnx(model: bytes, feeds: Mapping[str, NDArray[np.generic]], *, optimise
     Raises:
         StageError: ONNX Runtime refuses the file or fails on it.
     """
-    ort = require("onnxruntime", "onnxruntime")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return list(session.run(None, dict(feeds)))
-    except Exception as error:  # ONNX Runtime raises classes of its own for each status code
-        raise StageError("export", f"ONNX Runtime fails on the exported graph: {_first_line(error)}") from error
+    return list(Session(model, "export", optimise=optimise).run(feeds))
 
 
 def float_difference(got: Arrays, wanted: Arrays) -> float:
@@ -169,7 +160,3 @@ def sqnr_db(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
     if noise == 0:
         return 200.0
     return float(10 * np.log10(max(power, 1e-30) / noise)) if np.isfinite(noise) else -200.0
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
