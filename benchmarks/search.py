@@ -263,7 +263,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def table(given: argparse.Namespace) -> int:
-    """Tables of all tasks; 1 where the limit is missed, or nothing decided, on one of them."""
+    """Tables of the tasks in the work folder; 1 where the limit is missed, or nothing decided, on one of them."""
     runs: defaultdict[str, dict[tuple[str, int], Run]] = defaultdict(dict)
     for path in sorted(given.work.glob("*/run.json")):
         run = open_run(path.parent)
@@ -276,7 +276,9 @@ def table(given: argparse.Namespace) -> int:
         show(of)
     some = next(iter(next(iter(runs.values())).values()))
     facts = next((dict(t.measurement.fingerprint.facts) for t in some.trials() if t.measurement is not None), {})
-    record = {"load_average": os.getloadavg()[0], "machine": facts, "tasks": found}
+    told = json.loads(given.out.read_text())["tasks"] if given.out.exists() else []  # of other tasks, kept
+    kept = [of for of in told if of["task"] not in runs]
+    record = {"tasks": [*kept, *({**of, "machine": facts} for of in found)]}
     given.out.write_text(json.dumps(finite(record), indent=1) + "\n")
     return 0 if all(of.get("met", False) for of in found) else 1
 

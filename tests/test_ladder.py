@@ -38,7 +38,7 @@ def by_rung(run: Run) -> dict[str, list[Trial]]:
 
 
 def test_steps_of_the_rungs() -> None:
-    assert Steps.of(320) == Steps(short=40, full=320)
+    assert Steps.of(3200) == Steps(short=160, full=3200)
     assert Steps.of(40) == Steps(short=FEWEST_STEPS, full=40)
     assert Steps.of(10) == Steps(short=10, full=10)
     assert Steps.of(800).on("oneshot") == 0
@@ -64,7 +64,7 @@ def test_who_climbs_was_on_the_rung_below_and_climbs_once(run: Run) -> None:
         assert {t.promoted_from for t in rungs[rung]} <= {t.number for t in rungs[below]}
         assert max(Counter(t.promoted_from for t in rungs[rung]).values()) == 1
     assert {t.candidate.recipe.recover_steps for t in rungs["oneshot"]} == {0}
-    assert {t.candidate.recipe.recover_steps for t in rungs["short"]} == {scripted.FULL // 8}
+    assert {t.candidate.recipe.recover_steps for t in rungs["short"]} == {Steps.of(scripted.FULL).short}
     assert {t.candidate.recipe.recover_steps for t in rungs["full"]} == {scripted.FULL}
 
 
