@@ -9,35 +9,42 @@ from autocompress.run import Run, open_run, write_json
 from autocompress.warm import beginnings
 
 WIDTH_RATIOS = (1.0, 0.75, 0.5, 0.25)
-SEEDS = 16  # policies that single choices add up to
+SEEDS = 10  # policies that single choices add up to
 SENSITIVITY = "sensitivity.json"
 
 
 def beginning(run: Run, space: Space, sensitivity: Sensitivity | None) -> list[Values]:
-    """Values that are tried first: of an earlier run, of the sensitivities, and uniform ones."""
+    """Values that are tried first: of an earlier run, and of the sensitivities; uniform ones where there are none."""
     config = run.config
     taken_over: list[Values] = []
     if config.warm_start is not None:
         taken_over = beginnings(open_run(config.warm_start), space, config.around)
         if config.around:
             return taken_over
-    alone: list[Values] = []
-    if sensitivity is not None:
-        from autocompress.sensitivity import seeds_by
+    if sensitivity is None:
+        return [*taken_over, *seeds(space)]
+    from autocompress.sensitivity import seeds_by
 
-        alone = seeds_by(sensitivity, space, SEEDS)
-    uniform = seeds(space)
-    return [*taken_over, *uniform[:1], *alone, *uniform[1:]]
+    return [*taken_over, space.uniform("w8a8"), *seeds_by(sensitivity, space, SEEDS), *students(space)]
 
 
 def seeds(space: Space) -> list[dict[str, Choice]]:
     """Uniform policies: our own all-INT8 first, then each precision at each width ratio, then the students."""
-    precisions = list(dict.fromkeys(p for choices in space.precisions.values() for p in choices))
     found = [space.uniform("w8a8")]
-    found += [space.uniform(p, ratio) for ratio in WIDTH_RATIOS for p in precisions]
-    found += [space.uniform(p) | {"student": width} for width in space.students for p in precisions]
+    found += [space.uniform(p, ratio) for ratio in WIDTH_RATIOS for p in precisions(space)]
+    found += students(space)
     unique = {tuple(sorted(values.items())): values for values in found}
     return list(unique.values())
+
+
+def students(space: Space) -> list[dict[str, Choice]]:
+    """Each student at each precision: no probe tells anything of them."""
+    return [space.uniform(p) | {"student": width} for width in space.students for p in precisions(space)]
+
+
+def precisions(space: Space) -> list[str]:
+    """All that some layer may have."""
+    return list(dict.fromkeys(p for choices in space.precisions.values() for p in choices))
 
 
 def read_sensitivity(run: Run) -> Sensitivity | None:

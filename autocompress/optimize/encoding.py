@@ -1,10 +1,12 @@
 """Values as arrays: the number of each variable's choice, and the column of each choice that has a say."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autocompress.core.candidate import parse_precision
 from autocompress.core.space import INHERIT, Choice, Values
 
 Array = NDArray[np.float64]
@@ -42,8 +44,10 @@ class Encoding:
                 taken = self.variables.get(self._of_block.get(name, ""), ())
                 own = [c for c in choices if not (name in self._of_block and c == INHERIT)]
                 self.known[name] = own + [c for c in taken if c not in own]
+        self._in_row = [j for j, name in enumerate(self.known) if name.partition(":")[0] in ("precision", "layer")]
         self.starts = np.concatenate([[0], np.cumsum([len(own) for own in self.known.values()])]).astype(np.intp)
         self._tabulate()
+        self._kernels = self._by_kernel()
 
     def _covered(self, blocks: Mapping[str, str]) -> set[str]:
         layers: dict[str, list[str]] = {}
@@ -70,6 +74,16 @@ class Encoding:
             for choice, column in columns.items():
                 self._back[column] = self._index[name].get(choice, self._index[name].get(INHERIT, 0))
             self._members[j] = [*columns.values(), *[self.starts[j]] * (self._members.shape[1] - len(columns))]
+
+    def _by_kernel(self) -> Rows:
+        """For each column of a precision a number of the kernels that run it, −1 for the others."""
+        found, numbers = np.full(self.size, -1, np.intp), dict[str, int]()
+        choices = list(self.known.values())
+        for j in self._in_row:
+            for i, choice in enumerate(choices[j]):
+                kernel = INHERIT if choice == INHERIT else parse_precision(str(choice)).kernel
+                found[self.starts[j] + i] = numbers.setdefault(kernel, len(numbers))
+        return found
 
     @property
     def size(self) -> int:
@@ -116,6 +130,48 @@ class Encoding:
                 key = (kind, str(i) if numbers else str(choice))
                 of[self.starts[j] + i] = keys.setdefault(key, len(keys))
         return np.eye(len(keys))[of]
+
+    def borders(self, rows: Rows) -> Array:
+        """How often one layer runs in other kernels than the one before it, `[many]`; values are converted there."""
+        run = self._kernels[rows[:, self._in_row]]
+        found: Array = (run[:, 1:] != run[:, :-1]).sum(1).astype(np.float64)
+        return found
+
+    def bordering(self, around: Rows) -> Array:
+        """How many borders each choice alone has with its neighbours in `around`, `[around, columns]`."""
+        found = np.zeros((len(around), self.size))
+        for before, after in itertools.pairwise(self._in_row):
+            for one, other in ((before, after), (after, before)):
+                own = slice(self.starts[one], self.starts[one + 1])
+                found[:, own] += self._kernels[None, own] != self._kernels[around[:, other]][:, None]
+        return found
+
+    def coding(self) -> Array:
+        """What each column is in a regression, `[columns, features]`; first choices are what others are compared with.
+
+        A choice of names is a feature. A number is all the steps that lead to it, so that what one of them does is
+        learned from whoever takes it.
+        """
+        return self._coded(first=False, name=1.0)
+
+    def places(self) -> Array:
+        """A place for each column, `[columns, axes]`: two names are 1 apart, squared, and so are extreme numbers."""
+        return self._coded(first=True, name=0.5)
+
+    def _coded(self, *, first: bool, name: float) -> Array:
+        blocks = []
+        for own in self.known.values():
+            count = len(own)
+            if all(isinstance(choice, int | float) for choice in own):
+                blocks.append(np.tril(np.ones((count, count)), -1)[:, : count - 1] / max(1, count - 1) ** 0.5)
+            else:
+                blocks.append(np.eye(count)[:, 0 if first else 1 :] * name**0.5)
+        found = np.zeros((self.size, sum(block.shape[1] for block in blocks)))
+        right = 0
+        for top, block in zip(self.starts, blocks, strict=False):
+            found[top : top + len(block), right : right + block.shape[1]] = block
+            right += block.shape[1]
+        return found
 
     def summed(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> Array:
         """For each column what its choice alone does to accuracy and to latency, `[columns, 2]`."""

@@ -52,12 +52,10 @@ class Surrogate:
         self.effects = encoding.summed(effects)
         self.effects[:, 0] /= max(float(self.effects[:, 0].sum()), 1e-12)
         self._told = bool(self.effects.any())
-        # The first choice of each variable is what the others are compared with; its column is left out.
-        first = np.zeros(encoding.size, bool)
-        first[encoding.starts[:-1]] = True
-        self._place = np.where(first, int((~first).sum()), np.cumsum(~first) - 1)
-        self._ones = int((~first).sum())
+        self._coding, self._places = encoding.coding(), encoding.places()
+        self._ones = self._coding.shape[1]
         self._shared = encoding.shared()
+        self._encoding = encoding
         self._unit = self._units(encoding)
         size = self._ones + len(self._unit) + 1
         self._gram = np.zeros((size, size))
@@ -74,8 +72,8 @@ class Surrogate:
         return units
 
     def _sums(self, rows: Rows) -> Array:
-        """How often each choice of each kind is there, and how accuracy and latency may follow sums of effects."""
-        counts: Array = self._shared[rows].sum(1)
+        """How often each choice of each kind is there, borders, and how losses may follow sums of effects."""
+        counts = np.column_stack([self._shared[rows].sum(1), self._encoding.borders(rows)])
         if not self._told:
             return counts
         loss, cost = self.effects[rows].sum(1).T
@@ -85,9 +83,14 @@ class Surrogate:
     def features(self, rows: Rows) -> Array:
         """`[rows, features]`: which choices, sums over all variables, the constant."""
         found = np.zeros((len(rows), len(self._gram)))
-        found[np.arange(len(rows))[:, None], self._place[rows]] = 1.0  # a first choice: where the next feature begins
+        found[:, : self._ones] = _one_hot(rows, len(self._coding)) @ self._coding
         found[:, self._ones : -1] = self._sums(rows) * self._unit
         found[:, -1] = CONSTANT
+        return found
+
+    def placed(self, rows: Rows) -> Array:
+        """Where candidates are: squared distances count the variables that differ, of numbers by how far."""
+        found: Array = _one_hot(rows, len(self._places)) @ self._places
         return found
 
     def learn(self, rows: Rows, losses: Array) -> None:
@@ -110,7 +113,8 @@ class Surrogate:
         mean = FAR * (spread @ left)
         rest = losses - centre - features @ mean
         linear = (features @ spread) @ features.T
-        apart = _apart(self.rows[near], self.rows[near])
+        places = self.placed(self.rows[near])
+        apart = _apart(places, places)
         scale = len(self.rows[0])
         posteriors = [self._settle(k, linear, apart, rest[:, k], scale) for k in range(losses.shape[1])]
         self._turn += 1
@@ -168,7 +172,7 @@ class Fit:
         posteriors: list[Posterior],
     ) -> None:  # fmt: skip
         self._of = of
-        self._rows = of.rows[near]
+        self._placed = of.placed(of.rows[near])
         self._centre = centre
         self._mean = mean
         self._posteriors = posteriors
@@ -181,7 +185,7 @@ class Fit:
         features = self._of.features(rows)
         linear = features @ self._across
         own = np.einsum("ij,ij->i", features @ self._spread, features)
-        apart = _apart(rows, self._rows)
+        apart = _apart(self._of.placed(rows), self._placed)
         means = features @ self._mean + self._centre
         deviations = np.empty_like(means)
         for k, posterior in enumerate(self._posteriors):
@@ -206,15 +210,14 @@ class Fit:
             amplitude = np.sqrt([p.amplitude for p in self._posteriors])
             doubt = np.sqrt(np.maximum(np.diagonal(self._spread), 0.0))
             slopes = slopes + draws * doubt * (weights @ amplitude)[:, None]
-        padded = np.column_stack([slopes[:, : told._ones], np.zeros(len(around))])
-        found = padded[:, told._place]
+        found = slopes[:, : told._ones] @ told._coding.T
         sums = slopes[:, told._ones : -1] * told._unit
         kinds = told._shared.shape[1]
-        found = found + sums[:, :kinds] @ told._shared.T
+        found = found + sums[:, :kinds] @ told._shared.T + sums[:, kinds, None] * told._encoding.bordering(around)
         if told._told:
             loss, cost = told.effects[around].sum(1).T
-            of_loss = sums[:, kinds] + sum(
-                sums[:, kinds + 1 + i] / (s + np.maximum(loss, 0.0)) for i, s in enumerate(SCALES)
+            of_loss = sums[:, kinds + 1] + sum(
+                sums[:, kinds + 2 + i] / (s + np.maximum(loss, 0.0)) for i, s in enumerate(SCALES)
             )
             of_cost = sums[:, -1] / np.maximum(1 + cost, LEAST_SHARE)
             found = found + np.outer(of_loss, told.effects[:, 0]) + np.outer(of_cost, told.effects[:, 1])
@@ -234,15 +237,14 @@ def _step(kernel: Kernel, turn: int) -> Kernel:
     return replace(kernel, **changes) if 0 <= place < len(grid) else kernel
 
 
-def _apart(one: Rows, other: Rows) -> Array:
-    """How many variables differ, `[one, other]`."""
-    size = 1 + max(int(one.max(initial=0)), int(other.max(initial=0)))
-    alike = _one_hot(one, size) @ _one_hot(other, size).T
-    found: Array = one.shape[1] - alike.astype(np.float64)
+def _apart(one: Array, other: Array) -> Array:
+    """Squared distances, `[one, other]`."""
+    squares = np.einsum("ij,ij->i", one, one)[:, None] + np.einsum("ij,ij->i", other, other)
+    found: Array = np.maximum(squares - 2 * (one @ other.T), 0.0)
     return found
 
 
-def _one_hot(rows: Rows, size: int) -> Any:
-    found = np.zeros((len(rows), size), np.float32)
+def _one_hot(rows: Rows, size: int) -> Array:
+    found = np.zeros((len(rows), size))
     found[np.arange(len(rows))[:, None], rows] = 1.0
     return found
