@@ -44,3 +44,37 @@ def test_choices_of_a_kind_are_shared_by_its_variables() -> None:
     one, other = encoding.shared()[rows].sum(1)
     assert sorted(one[one > 0]) == [6, 6]  # six layers of one precision, six groups of one width
     assert sorted(other[other > 0]) == [1, 5, 6]
+
+
+def test_borders_are_between_kernels_not_between_bits() -> None:
+    encoding = Encoding(SPACE.variables, BLOCKS)
+    base = SPACE.uniform("w8a8")
+    inside = base | {"layer:conv2": "fp32"}
+    first = base | {"layer:conv0": "fp32"}
+    fewer_bits = base | {"layer:conv2": "w4a8"}
+    assert encoding.borders(encoding.rows([base, inside, first, fewer_bits])).tolist() == [0, 2, 1, 0]
+
+
+def test_the_borders_of_a_choice_are_what_taking_it_alone_changes() -> None:
+    encoding = Encoding(SPACE.variables, BLOCKS)
+    rng = np.random.default_rng(3)
+    around = encoding.columns(rng.integers(0, encoding.sizes, (20, len(encoding.sizes))))
+    before, alone = encoding.borders(around), encoding.bordering(around)
+    for place in range(around.shape[1]):
+        other = around.copy()
+        other[:, place] = rng.integers(encoding.starts[place], encoding.starts[place + 1], len(around))
+        each = np.arange(len(around))
+        expected = alone[each, other[:, place]] - alone[each, around[:, place]]
+        assert (encoding.borders(other) - before == expected).all()
+
+
+def test_numbers_are_near_by_their_steps_and_names_are_not() -> None:
+    encoding = Encoding({"width:a": (64, 48, 32, 16), "precision:b": ("fp32", "w8a8", "w4a8")}, {})
+    places = encoding.places()
+    apart = ((places[:, None] - places) ** 2).sum(2)
+    assert np.allclose(apart[0, :4], [0, 1 / 3, 2 / 3, 1])
+    assert np.allclose(apart[4:, 4:], 1 - np.eye(3))
+    coding = encoding.coding()
+    assert not coding[[0, 4]].any()
+    steps = np.diff(coding[:4], axis=0)
+    assert np.allclose(steps @ steps.T, np.eye(3) / 3)

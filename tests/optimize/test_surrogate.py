@@ -100,3 +100,15 @@ def test_what_it_doubts_covers_what_comes() -> None:
     found = fit.predict(rows[100:])
     within = np.abs(found.mean - losses[100:]) <= 3 * found.deviation
     assert within.mean() > 0.9
+
+
+def test_what_borders_cost_is_learned_from_few_trials_that_have_them() -> None:
+    """No sum of single choices tells it: a layer in float costs two borders, its neighbour then none."""
+    rows = drawn(60, 5)
+    losses = ENCODING.borders(rows)[:, None]
+    fit = fitted(rows[:30], losses[:30])
+    assert fit.predict(rows[30:]).mean == pytest.approx(losses[30:], abs=0.5)
+    inside = ENCODING.rows([SPACE.uniform("w8a8")])
+    scores = fit.single(np.ones((1, 1)), inside)
+    best = ENCODING.values(ENCODING.best(scores, ENCODING.numbers([SPACE.uniform("w8a8")]))[0])
+    assert SPACE.decode(best).layers.keys() == SPACE.decode(SPACE.uniform("w8a8")).layers.keys()
