@@ -30,7 +30,7 @@ class Encoding:
         """`blocks` tells each layer's block; a layer whose variable says "block" has the choice of that."""
         self.variables = dict(variables)
         self.sizes = np.array([len(choices) for choices in variables.values()], np.intp)
-        self.ordered = np.array([all(isinstance(c, int | float) for c in own) for own in variables.values()], bool)
+        self.ordered = np.array([is_number(own) for own in variables.values()], bool)
         self._index = {n: {choice: i for i, choice in enumerate(own)} for n, own in self.variables.items()}
         self._of_block = {
             f"layer:{layer}": f"precision:{block}"
@@ -125,7 +125,7 @@ class Encoding:
         of = np.zeros(self.size, np.intp)
         for j, (name, own) in enumerate(self.known.items()):
             kind = "precision" if name in self._of_block else name.partition(":")[0]
-            numbers = all(isinstance(choice, int | float) for choice in own)
+            numbers = is_number(own)
             for i, choice in enumerate(own):
                 key = (kind, str(i) if numbers else str(choice))
                 of[self.starts[j] + i] = keys.setdefault(key, len(keys))
@@ -146,32 +146,19 @@ class Encoding:
                 found[:, own] += self._kernels[None, own] != self._kernels[around[:, other]][:, None]
         return found
 
-    def coding(self) -> Array:
-        """What each column is in a regression, `[columns, features]`; first choices are what others are compared with.
-
-        A choice of names is a feature. A number is all the steps that lead to it, so that what one of them does is
-        learned from whoever takes it.
-        """
-        return self._coded(first=False, name=1.0)
-
     def places(self) -> Array:
-        """A place for each column, `[columns, axes]`: two names are 1 apart, squared, and so are extreme numbers."""
-        return self._coded(first=True, name=0.5)
+        """A place for each column among its variable's, `[columns, axes]`.
 
-    def _coded(self, *, first: bool, name: float) -> Array:
-        blocks = []
-        for own in self.known.values():
+        Squared distances of two names are 1; a number lies all the steps away that lead to it, extremes 1.
+        """
+        table = np.zeros((self.size, self._members.shape[1]))
+        for start, own in zip(self.starts, self.known.values(), strict=False):
             count = len(own)
-            if all(isinstance(choice, int | float) for choice in own):
-                blocks.append(np.tril(np.ones((count, count)), -1)[:, : count - 1] / max(1, count - 1) ** 0.5)
+            if is_number(own):
+                table[start : start + count, : count - 1] = np.tri(count, count - 1, -1) / max(1, count - 1) ** 0.5
             else:
-                blocks.append(np.eye(count)[:, 0 if first else 1 :] * name**0.5)
-        found = np.zeros((self.size, sum(block.shape[1] for block in blocks)))
-        right = 0
-        for top, block in zip(self.starts, blocks, strict=False):
-            found[top : top + len(block), right : right + block.shape[1]] = block
-            right += block.shape[1]
-        return found
+                table[start : start + count, :count] = np.eye(count) / 2**0.5
+        return table
 
     def summed(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> Array:
         """For each column what its choice alone does to accuracy and to latency, `[columns, 2]`."""
@@ -181,3 +168,8 @@ class Encoding:
             for i, choice in enumerate(own):
                 found[self.starts[j] + i] = told.get(str(choice), (0.0, 0.0))
         return found
+
+
+def is_number(choices: Sequence[Choice]) -> bool:
+    """Whether the choices of a variable are numbers, which are in order."""
+    return all(isinstance(choice, int | float) for choice in choices)

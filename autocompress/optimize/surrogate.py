@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.optimize.encoding import Array, Encoding, Rows
+from autocompress.optimize.encoding import Array, Encoding, Rows, is_number
 from autocompress.optimize.improvement import Believed
 
 Effects = Mapping[str, Mapping[str, tuple[float, float]]]
@@ -52,8 +52,9 @@ class Surrogate:
         self.effects = encoding.summed(effects)
         self.effects[:, 0] /= max(float(self.effects[:, 0].sum()), 1e-12)
         self._told = bool(self.effects.any())
-        self._coding, self._places = encoding.coding(), encoding.places()
-        self._ones = self._coding.shape[1]
+        self._places = encoding.places()
+        self._coding, self._axes, self._stretch = self._coded(encoding)
+        self._ones = len(self._axes)
         self._shared = encoding.shared()
         self._encoding = encoding
         self._unit = self._units(encoding)
@@ -80,18 +81,33 @@ class Surrogate:
         bent = [np.log1p(np.maximum(loss, 0.0) / scale) for scale in SCALES]
         return np.column_stack([counts, loss, *bent, np.log(np.maximum(1 + cost, LEAST_SHARE))])
 
-    def features(self, rows: Rows) -> Array:
-        """`[rows, features]`: which choices, sums over all variables, the constant."""
+    def features(self, rows: Rows, placed: Array | None = None) -> Array:
+        """`[rows, features]`: which choices, sums over all variables, the constant. `placed` is where rows are."""
         found = np.zeros((len(rows), len(self._gram)))
-        found[:, : self._ones] = _one_hot(rows, len(self._coding)) @ self._coding
+        places = self.placed(rows) if placed is None else placed
+        found[:, : self._ones] = places[:, self._axes] * self._stretch
         found[:, self._ones : -1] = self._sums(rows) * self._unit
         found[:, -1] = CONSTANT
         return found
 
     def placed(self, rows: Rows) -> Array:
         """Where candidates are: squared distances count the variables that differ, of numbers by how far."""
-        found: Array = _one_hot(rows, len(self._places)) @ self._places
-        return found
+        return self._places[rows].reshape(len(rows), -1)
+
+    def _coded(self, encoding: Encoding) -> tuple[Array, Rows, Array]:
+        """What each column is in the regression, `[columns, features]`; which axes of places that is, times what.
+
+        First choices are what others are compared with. A number is all the steps that lead to it, so that what one of
+        them does is learned from whoever takes it.
+        """
+        own = np.repeat(np.arange(len(encoding.known)), np.diff(encoding.starts))
+        placed = np.zeros((len(own), len(encoding.known), self._places.shape[1]))
+        placed[np.arange(len(own)), own] = self._places
+        whole = placed.reshape(len(own), -1)
+        axes = np.flatnonzero(whole.any(0) & ~whole[encoding.starts[:-1]].any(0))
+        names = np.array([not is_number(choices) for choices in encoding.known.values()])
+        stretch = np.where(names[axes // self._places.shape[1]], 2**0.5, 1.0)
+        return whole[:, axes] * stretch, axes, stretch
 
     def learn(self, rows: Rows, losses: Array) -> None:
         """Take up trials, each once."""
@@ -182,10 +198,11 @@ class Fit:
 
     def predict(self, rows: Rows) -> Believed:
         """Means and deviations of the losses of `rows`, `[rows, objectives]`, without the noise of measuring them."""
-        features = self._of.features(rows)
+        placed = self._of.placed(rows)
+        features = self._of.features(rows, placed)
         linear = features @ self._across
         own = np.einsum("ij,ij->i", features @ self._spread, features)
-        apart = _apart(self._of.placed(rows), self._placed)
+        apart = _apart(placed, self._placed)
         means = features @ self._mean + self._centre
         deviations = np.empty_like(means)
         for k, posterior in enumerate(self._posteriors):
@@ -241,10 +258,4 @@ def _apart(one: Array, other: Array) -> Array:
     """Squared distances, `[one, other]`."""
     squares = np.einsum("ij,ij->i", one, one)[:, None] + np.einsum("ij,ij->i", other, other)
     found: Array = np.maximum(squares - 2 * (one @ other.T), 0.0)
-    return found
-
-
-def _one_hot(rows: Rows, size: int) -> Array:
-    found = np.zeros((len(rows), size))
-    found[np.arange(len(rows))[:, None], rows] = 1.0
     return found

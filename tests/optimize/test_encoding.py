@@ -74,7 +74,3 @@ def test_numbers_are_near_by_their_steps_and_names_are_not() -> None:
     apart = ((places[:, None] - places) ** 2).sum(2)
     assert np.allclose(apart[0, :4], [0, 1 / 3, 2 / 3, 1])
     assert np.allclose(apart[4:, 4:], 1 - np.eye(3))
-    coding = encoding.coding()
-    assert not coding[[0, 4]].any()
-    steps = np.diff(coding[:4], axis=0)
-    assert np.allclose(steps @ steps.T, np.eye(3) / 3)
