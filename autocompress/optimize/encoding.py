@@ -160,13 +160,19 @@ class Encoding:
                 table[start : start + count, :count] = np.eye(count) / 2**0.5
         return table
 
-    def summed(self, effects: Mapping[str, Mapping[str, tuple[float, float]]]) -> Array:
-        """For each column what its choice alone does to accuracy and to latency, `[columns, 2]`."""
-        found = np.zeros((self.size, 2))
+    def summed(self, effects: Mapping[str, Mapping[str, tuple[float, float]]], least: float) -> Array:
+        """For each column what its choice alone does, `[columns, 3]`.
+
+        That is what it does to accuracy, to latency where it is a precision, and to latency's logarithm elsewhere; a
+        cut leaves at least the share `least`.
+        """
+        found = np.zeros((self.size, 3))
         for j, (name, own) in enumerate(self.known.items()):
             told = {**effects.get(self._of_block.get(name, ""), {}), **effects.get(name, {})}
             for i, choice in enumerate(own):
-                found[self.starts[j] + i] = told.get(str(choice), (0.0, 0.0))
+                loss, cost = told.get(str(choice), (0.0, 0.0))
+                apart = (cost, 0.0) if j in self._in_row else (0.0, float(np.log(max(1 + cost, least))))
+                found[self.starts[j] + i] = (loss, *apart)
         return found
 
 

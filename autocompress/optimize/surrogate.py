@@ -43,13 +43,14 @@ class Surrogate:
 
     Attributes:
         rows, losses: what was learned.
-        effects: `[columns, 2]`: loss of each choice, all of them together being 1, and change of latency.
+        effects: `[columns, 3]`: loss of each choice, all of them together being 1; of precisions the change of the
+            share of latency, which adds up; of cuts the logarithm of what is left, since what is gone is not cut again.
     """
 
     def __init__(self, encoding: Encoding, effects: Effects, objectives: int) -> None:
         self.rows: Rows = np.empty((0, len(encoding.known)), np.intp)
         self.losses: Array = np.empty((0, objectives))
-        self.effects = encoding.summed(effects)
+        self.effects = encoding.summed(effects, LEAST_SHARE)
         self.effects[:, 0] /= max(float(self.effects[:, 0].sum()), 1e-12)
         self._told = bool(self.effects.any())
         self._places = encoding.places()
@@ -77,9 +78,9 @@ class Surrogate:
         counts = np.column_stack([self._shared[rows].sum(1), self._encoding.borders(rows)])
         if not self._told:
             return counts
-        loss, cost = self.effects[rows].sum(1).T
+        loss, integer, cut = self.effects[rows].sum(1).T
         bent = [np.log1p(np.maximum(loss, 0.0) / scale) for scale in SCALES]
-        return np.column_stack([counts, loss, *bent, np.log(np.maximum(1 + cost, LEAST_SHARE))])
+        return np.column_stack([counts, loss, *bent, np.log(np.maximum(1 + integer, LEAST_SHARE)), cut])
 
     def features(self, rows: Rows, placed: Array | None = None) -> Array:
         """`[rows, features]`: which choices, sums over all variables, the constant. `placed` is where rows are."""
@@ -232,12 +233,12 @@ class Fit:
         kinds = told._shared.shape[1]
         found = found + sums[:, :kinds] @ told._shared.T + sums[:, kinds, None] * told._encoding.bordering(around)
         if told._told:
-            loss, cost = told.effects[around].sum(1).T
+            loss, integer, _ = told.effects[around].sum(1).T
             of_loss = sums[:, kinds + 1] + sum(
                 sums[:, kinds + 2 + i] / (s + np.maximum(loss, 0.0)) for i, s in enumerate(SCALES)
             )
-            of_cost = sums[:, -1] / np.maximum(1 + cost, LEAST_SHARE)
-            found = found + np.outer(of_loss, told.effects[:, 0]) + np.outer(of_cost, told.effects[:, 1])
+            of_integer = sums[:, -2] / np.maximum(1 + integer, LEAST_SHARE)
+            found = found + np.column_stack([of_loss, of_integer, sums[:, -1]]) @ told.effects.T
         return found
 
 
