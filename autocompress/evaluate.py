@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +16,9 @@ from autocompress.core.front import Rival
 from autocompress.core.measurement import Measurement
 from autocompress.core.probe import paying
 from autocompress.core.profile import Profile
-from autocompress.core.recipe import Recipe, Train
+from autocompress.core.recipe import Train
 from autocompress.core.sensitivity import Sensitivity
-from autocompress.core.space import Space, SpaceRules, Structure, Values, with_stages_that_pay
+from autocompress.core.space import Space, SpaceRules, Structure, with_stages_that_pay
 from autocompress.core.trial import Failure, Role, Score, Trial
 from autocompress.device.hosts import LOCAL, Host
 from autocompress.device.lock import wait_until_quiet
@@ -104,38 +103,19 @@ class Evaluator:
         stages = (stage.train for plan in self.space.recipes for stage in plan.stages)
         return next((found for found in stages if found is not None), Train())
 
-    def sensitivity(self, seconds: float, int8_ratio: float | None, known: Sensitivity | None = None) -> Sensitivity:
-        """What each choice alone does to outputs and latency, as far as it is found out within so many seconds.
+    def sensitivity(self, seconds: float, int8_ratio: float | None) -> Sensitivity:
+        """What each choice alone does to the outputs, as far as it is found out within so many seconds."""
+        from autocompress.sensitivity import probe_sensitivity
 
-        Args:
-            known: what another run found out: the same losses, and the latencies of its device.
-        """
-        from autocompress.sensitivity import probe_sensitivity, with_latencies
-
-        began = time.monotonic()
-        found = (
-            dataclasses.replace(known, probes=0, seconds=0.0)
-            if known
-            else probe_sensitivity(
-                self._builder,
-                self.space,
-                task=self._task,
-                target=self._profile.name,
-                int8_ratio=int8_ratio,
-                seconds=seconds,
-                progress=self._progress,
-            )
+        return probe_sensitivity(
+            self._builder,
+            self.space,
+            task=self._task,
+            target=self._profile.name,
+            int8_ratio=int8_ratio,
+            seconds=seconds,
+            progress=self._progress,
         )
-        return with_latencies(found, self.space, self._ratio_of, seconds - (time.monotonic() - began))
-
-    def _ratio_of(self, values: Values) -> float | None:
-        """Latency over fp32's of values, cut and not fitted; None where that fails, as a trial would tell."""
-        candidate, watch = dataclasses.replace(self.space.decode(values), recipe=Recipe()), Stopwatch()
-        try:
-            artifact = self._builder.build(candidate, watch).artifact
-            return self._latencies[self._latency_of(artifact, candidate, "candidate", watch=watch, measured=[])].ratio
-        except StageError:
-            return None
 
     def evaluate(self, candidate: Candidate, role: Role, *, rivals: Sequence[Rival] = ()) -> Trial:
         """One finished trial, without its number. A candidate's fault is a Failure in it, never an exception.

@@ -31,7 +31,7 @@ DROP = 0.1  # of the metric below fp32's: what is worse is of no use where no li
 LEAST_DROP = 0.01  # a limit of nothing would leave no room to learn in
 RELAXED = 0.2  # as much lower below the top of the ladder: a recovery brings that back
 TRIALS_A_LAYER = 2.5  # with fewer, feeling out single choices costs more than it tells
-FEELING = 0.2  # of the time at most is for that
+FEELING = 0.1  # of the time at most is for that
 A_PROCESS_S = 0.5  # to start one, and to read a file's memory in another
 UNIFORM_FLOATS: Mapping[str, Role] = {"fp16": "uniform-fp16", "bf16": "uniform-bf16"}
 # In these stages a model or a file runs: on data (training, calibrating, scoring, checking, reading back) or timed.
@@ -62,11 +62,8 @@ class CandidateEvaluator(Protocol):
     def step_seconds(self) -> float:
         """Seconds of a training step of the whole original."""
 
-    def sensitivity(self, seconds: float, int8_ratio: float | None, known: "Sensitivity | None") -> "Sensitivity":
-        """What each choice alone does to outputs and latency, as far as it is found out within so many seconds.
-
-        `known` is what another run found out: the same losses, and the latencies of its device.
-        """
+    def sensitivity(self, seconds: float, int8_ratio: float | None) -> "Sensitivity":
+        """What each choice alone does to the outputs, as far as it is found out within so many seconds."""
 
     def finalise(self, trials: Sequence[Trial]) -> list[Trial]:
         """The same trials, measured again in fresh processes."""
@@ -212,12 +209,15 @@ class Session:
         """Find out what each choice alone does, once in a run, where there are trials enough to make use of it."""
         if self._run.config.sampler != "surrogate" or self._sensitivity is not None:
             return
-        known = known_elsewhere(self._run, self._evaluator.space)
+        if (known := known_elsewhere(self._run, self._evaluator.space)) is not None:
+            write_sensitivity(self._run, known)
+            self._take_up(known)
+            return
         space, layers = self._evaluator.space, len(self._evaluator.space.structure.layers)
         took = [sum(t.seconds.values()) for t in self._study.known if t.score is not None]
         a_trial, left = max(*took, 0.001), self._budget.deadline - time.monotonic()
         trials = min(self._budget.trials or math.inf, left * processes / a_trial)
-        if known is None and (not space.variables or trials < TRIALS_A_LAYER * layers):
+        if not space.variables or trials < TRIALS_A_LAYER * layers:
             why = f"{trials:.0f} trials for {layers} layers are too few to make use of it"
             self._run.log("sensitivity", probes=0, seconds=0.0, skipped=why)
             return
@@ -225,7 +225,7 @@ class Session:
         uniform = next((t.score for t in self._study.known if t.role == "uniform-int8" and t.score), None)
         with self._timed("sensitivity"):
             limit = FEELING * min(left, trials * a_trial / processes)
-            found = self._evaluator.sensitivity(limit, uniform.ratio if uniform else None, known)
+            found = self._evaluator.sensitivity(limit, uniform.ratio if uniform else None)
         self._run.log("sensitivity", probes=found.probes, seconds=found.seconds, left_out=found.left_out)
         self._progress.note(f"{found.probes} choices felt out one by one in {found.seconds:.1f} s")
         write_sensitivity(self._run, found)

@@ -2,8 +2,6 @@
 
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
 
 SECONDS = 120.0
 TOLD_EVERY_S = 5.0
-LEAST_SHARE, MOST_SHARE = 0.1, 10.0  # of what multiply-adds say a cut saves: beyond, one measurement is not believed
-LEAST_COST = -0.95
 
 
 def sensitivity(
@@ -118,38 +114,6 @@ def probe_sensitivity(
         seconds=seconds,
         progress=tell,
     )
-
-
-def with_latencies(
-    found: Sensitivity, space: Space, ratio_of: Callable[[Values], float | None], seconds: float
-) -> Sensitivity:
-    """What cuts save as the device tells it, beside integer layers: multiply-adds say little of memory and overhead.
-
-    One choice of each group is timed, the middle one, and the costs of the others follow in proportion.
-
-    Args:
-        ratio_of: latency of values over fp32's, None where they cannot be made.
-        seconds: time after which nothing is timed; what was not costs as its multiply-adds do.
-    """
-    began, beside = time.monotonic(), space.uniform("w8a8")
-    effects = {name: dict(own) for name, own in found.effects.items()}
-    whole, timed = None, 0
-    for name, own in effects.items():
-        choices = [str(c) for c in space.variables[name]]
-        middle = choices[len(choices) // 2]
-        if not name.startswith("width:") or middle not in own or own[middle].cost >= 0:
-            continue
-        if time.monotonic() - began >= seconds:
-            break
-        whole = ratio_of(beside) if whole is None else whole
-        cut = None if whole is None else ratio_of(beside | {name: space.variables[name][len(choices) // 2]})
-        if whole is None or cut is None:
-            continue
-        share = min(MOST_SHARE, max(LEAST_SHARE, (cut / whole - 1) / own[middle].cost))
-        effects[name] = {c: replace(e, cost=max(LEAST_COST, share * e.cost)) for c, e in own.items()}
-        timed += 1
-    took = time.monotonic() - began
-    return replace(found, effects=effects, probes=found.probes + timed, seconds=found.seconds + took)
 
 
 def seeds_by(sensitivity: Sensitivity, space: Space, count: int) -> list[Values]:

@@ -144,10 +144,8 @@ class Scripted:
         """As `sleep` is for a trial."""
         return self.sleep / 100 or 1e-4
 
-    def sensitivity(self, seconds: float, int8_ratio: float | None, known: Sensitivity | None = None) -> Sensitivity:
-        """By the formula: what each choice alone costs; or what is known."""
-        if known is not None:
-            return known
+    def sensitivity(self, seconds: float, int8_ratio: float | None) -> Sensitivity:
+        """By the formula: what each choice alone costs."""
         layers = len(self.space.structure.layers)
         plain = score(Candidate(), layers)
         effects = {}

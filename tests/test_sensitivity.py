@@ -14,14 +14,13 @@ from autocompress.core.errors import InputError
 from autocompress.core.probe import Effect, Finding, Probe
 from autocompress.core.record import dump, load
 from autocompress.core.sensitivity import SCHEMA, Sensitivity
-from autocompress.core.sensitivity import Effect as Loss
-from autocompress.core.space import LayerRule, SpaceRules, Values, WidthRule
+from autocompress.core.space import LayerRule, SpaceRules, WidthRule
 from autocompress.device.hosts import LocalHost
 from autocompress.optimize.seeds import LOST
 from autocompress.place import fitted
 from autocompress.probe import cached, place, subject_of, write
-from autocompress.sensitivity import int8_ratio_of, probe_sensitivity, seeds_by, sensitivity, with_latencies
-from tests import scripted, tiny
+from autocompress.sensitivity import int8_ratio_of, probe_sensitivity, seeds_by, sensitivity
+from tests import tiny
 
 TASKS = Path(__file__).parent / "data" / "tasks"
 RULES = SpaceRules(
@@ -128,30 +127,3 @@ def test_the_ratio_is_that_of_most_layers_in_8_bits_beside_fp32() -> None:
         Finding(choice="w8a8", layers=("a", "b", "c"), beside="fp32", effect="it fails"),
     )
     assert int8_ratio_of(probe_of(*findings)) == 0.5
-
-
-def test_cuts_cost_what_the_device_says_in_proportion_and_what_it_does_not_say_stays() -> None:
-    space = scripted.space()
-    first, *_, last = groups = [name for name in space.variables if name.startswith("width:")]
-    own = {
-        name: {str(c): Loss(loss=0.1 * i, cost=-0.05 * i) for i, c in enumerate(space.variables[name])}
-        for name in groups
-    }
-    found = Sensitivity(
-        task="t", target="p", effects=own, unit="kl divergence", probes=9, seconds=1.0, items=8
-    )  # fmt: skip
-    asked: list[Values] = []
-
-    def ratio_of(values: Values) -> float | None:
-        asked.append(values)
-        if values[last] != space.variables[last][0]:
-            return None  # it cannot be made
-        return 0.5 if values[first] == space.variables[first][0] else 0.4
-
-    timed = with_latencies(found, space, ratio_of, 60)
-    assert [e.cost for e in timed.effects[first].values()] == pytest.approx([0, -0.1, -0.2, -0.3])
-    assert [e.loss for e in timed.effects[first].values()] == [e.loss for e in own[first].values()]
-    assert timed.effects[last] == own[last]
-    assert asked[0] == space.uniform("w8a8")
-    assert timed.probes == 9 + len(groups) - 1
-    assert with_latencies(found, space, ratio_of, 0).effects == own
