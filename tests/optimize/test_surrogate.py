@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from autocompress.optimize.encoding import Encoding, Rows
-from autocompress.optimize.surrogate import Effects, Fit, Surrogate
+from autocompress.optimize.surrogate import LEAST_SHARE, Effects, Fit, Surrogate
 from tests import scripted
 
 SPACE = scripted.space(6)
@@ -62,7 +62,7 @@ def effects(slope: float = 1.0) -> dict[str, dict[str, tuple[float, float]]]:
 
 def test_sums_of_effects_predict_what_few_trials_do_not_show() -> None:
     rows = drawn(80, 3)
-    loss = ENCODING.summed(effects())[rows].sum(1)[:, :1]
+    loss = ENCODING.summed(effects(), LEAST_SHARE)[rows].sum(1)[:, :1]
     errors = [
         np.abs(fitted(rows[:10], 3 * loss[:10], told).predict(rows[20:]).mean - 3 * loss[20:]).mean()
         for told in (effects(), {})
