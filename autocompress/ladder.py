@@ -27,7 +27,8 @@ ENDS: Mapping[Rung, float] = {"short": 0.65, "full": 1.0}
 SHARES: Mapping[Rung, float] = {"short": 0.2, "full": 0.55}
 # Training the whole original for the steps of a full recovery would take so much of the time of all processes. Pruned
 # models take a tenth to a half of that, so that half a dozen to a dozen of them fit: what a recovery leaves of a loss
-# may fall with the 0.6th power of its steps (two points, extrapolated, not measured on a ladder; half width of a ResNet: 1.4 points after 300, 0.5 after 1,500), so that
+# may fall with the 0.6th power of its steps (two points, extrapolated, not measured on a ladder; half
+# width of a ResNet: 1.4 points after 300, 0.5 after 1,500), so that
 # few long trainings of those that the rung below ranks first end further up than many short ones.
 FULL_SHARE = 0.35
 SHORT_SHARE = 0.05  # of the full steps
