@@ -160,7 +160,8 @@ class OnnxFloat:
         if integer and self._profile.dialect == "uint8" and candidate.kernel_key not in self._checked:
             with watch("check"):
                 items = CHECKED_ITEMS if self._template.dynamic_batch else 1
-                check_optimised(data, _feeds(next(self._source.calibration(items))), list(layers))
+                feeds = _feeds(next(self._source.calibration(items)))
+                check_optimised(data, feeds, list(layers), exact=lambda: run_onnx(to_bytes(self._graph), feeds))
                 self._checked.add(candidate.kernel_key)
         if self._learned.simulated and self._profile.dialect == "uint8" and layers:
             with watch("check"):

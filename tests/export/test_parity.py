@@ -75,6 +75,19 @@ def test_outputs_that_differ_with_optimisation_are_refused() -> None:
     assert check_optimised(rounded_twice(0.01, 0.01), feeds) > 30
 
 
+def test_optimisation_may_change_less_than_integers_do() -> None:
+    feeds = {"input": np.full((2, 4), 0.4, np.float32)}
+    data = rounded_twice(0.3, 0.01)
+    plain = run_onnx(data, feeds, optimise=False)
+    fast = run_onnx(data, feeds)
+    with pytest.raises(StageError, match="optimised outputs disagree"):
+        check_optimised(data, feeds, exact=lambda: plain)
+    with pytest.raises(StageError, match="optimised outputs disagree"):
+        check_optimised(data, feeds, exact=lambda: fast)
+    far = [array + 10 * np.abs(array - other).max() for array, other in zip(plain, fast, strict=True)]
+    assert check_optimised(data, feeds, exact=lambda: far) < 10
+
+
 def test_each_layers_ratio_stands_in_order_and_falls_where_rounding_is_coarse(exported: Get, tmp_path: Path) -> None:
     case = exported("residual")
     plain, names = to_bytes(case.filled()), list(case.template.nodes)
