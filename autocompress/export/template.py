@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
 from torch import nn
 
 from autocompress.core.errors import TaskError
@@ -107,6 +108,7 @@ def export_template(
         graph.inputs.append(value)
     fold_constants(exported)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(exported)
+    fuse_pad_into_conv_rule.apply_to_model(exported)  # no runtime does it once integers are between the two
     _drop_zero_biases(graph)
     _free_flattened_sizes(graph)
     exported.ir_version = IR_VERSION

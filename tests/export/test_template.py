@@ -4,6 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from autocompress.compress.width import cut_widths
 from autocompress.core.errors import StageError, TaskError
@@ -62,6 +63,31 @@ def test_batchnorm_is_part_of_the_layer_before_it(exported: Get, name: str) -> N
     case = exported(name)
     assert any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in case.net.modules())
     assert "BatchNormalization" not in kinds(to_bytes(case.filled()))
+
+
+class Padded(torch.nn.Module):
+    """Zeros on two sides, as TensorFlow pads; ones; and a reflection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros, self.ones, self.mirror = (torch.nn.Conv2d(c, 4, 3, 2, p) for c, p in ((3, 1), (4, 0), (4, 0)))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = functional.pad(self.zeros(functional.pad(input, (0, 1, 0, 1))), (1, 1, 1, 1), value=1.0)
+        return self.mirror(functional.pad(self.ones(x), (1, 1, 1, 1), mode="reflect"))
+
+
+def test_zeros_around_an_image_are_padding_of_the_convolution() -> None:
+    torch.manual_seed(0)
+    net, x = Padded().eval(), torch.randn(2, 3, 15, 15)
+    template = export_template(net, {"input": x}, ["zeros", "ones", "mirror"], ["output"], by_keyword=False)
+    graph = template.fill(net)
+    pads = {n.name: list(n.attributes["pads"].as_ints()) for n in graph.graph if n.op_type == "Conv"}
+    assert pads == {"zeros": [1, 1, 2, 2], "ones": [0] * 4, "mirror": [0] * 4}
+    assert kinds(to_bytes(graph)).count("Pad") == 2
+    with torch.no_grad():
+        wanted = net(x).numpy()
+    assert float_difference(run(to_bytes(graph), {"input": x.numpy()}), [wanted]) < EXACT
 
 
 class Loose(torch.nn.Module):
