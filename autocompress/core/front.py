@@ -122,20 +122,21 @@ class Front:
         )
 
     def merged(self) -> "Front":
-        """The front with one point for all whose intervals overlap in every objective: the likeliest of them.
+        """The front with one point for candidates whose intervals overlap in every objective: the likeliest of them.
 
-        Each point that goes is tied with the one it goes for. Baselines stay.
+        Each point that goes is tied with the one it goes for. Baselines are what others are compared with: they stand
+        for nobody.
         """
-        order = sorted(self.points, key=lambda t: (t.role == "candidate", -self.probability.get(t.number, 0), t.number))
+        candidates = [t for t in self.points if t.role == "candidate"]
         kept: list[Trial] = []
         ties: dict[int, tuple[int, ...]] = {}
-        for trial in order:
+        for trial in sorted(candidates, key=lambda t: (-self.probability.get(t.number, 0), t.number)):
             like = next((k for k in kept if _tied(k, trial, self.objectives)), None)
-            if like is None or trial.role != "candidate":
+            if like is None:
                 kept.append(trial)
             else:
                 ties[like.number] = (*ties.get(like.number, ()), trial.number)
-        numbers = {t.number for t in kept}
+        numbers = {t.number for t in self.points} - {number for tied in ties.values() for number in tied}
         return replace(self, points=tuple(t for t in self.points if t.number in numbers), ties=ties)
 
     def pick(

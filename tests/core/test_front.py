@@ -310,6 +310,17 @@ def test_ties_stand_in_the_document_of_their_point() -> None:
     assert point_json(kept, merged)["ties"] == [tied]
 
 
+def test_a_baseline_stands_for_no_candidate() -> None:
+    wide = (0.85, 0.95)
+    trials = [
+        trial(0, score(0.9, 1.0, accuracy_ci=wide), "uniform-int8"),
+        trial(1, score(0.94, 1.001, accuracy_ci=wide)),
+    ]
+    merged = Front.of(trials).merged()
+    assert [t.number for t in merged.points] == [0, 1]
+    assert merged.ties == {}
+
+
 def test_a_score_of_a_part_of_the_items_is_on_no_front() -> None:
     trials = [trial(0, score(0.9, 1.0), "fp32"), trial(1, replace(score(0.99, 0.1), items=512))]
     assert [t.number for t in Front.of(trials).points] == [0]
