@@ -35,7 +35,7 @@ class PairedBootstrap:
     """
 
     def __init__(self, metric: Metric, reference: Any, targets: Any, items: int, by_item: ByItem | None = None) -> None:
-        """`by_item` gives a figure for each item whose mean is the metric: it is called once, not once a draw."""
+        """`by_item` says of each item whether it is a hit, of which the metric is the share; called once a model."""
         self._metric = metric
         self._by_item = by_item
         self._targets = targets
@@ -60,7 +60,8 @@ class PairedBootstrap:
             return None
         if self._by_item is not None:
             gained = self._by_item(outputs, self._targets) - self._by_item(self._reference, self._targets)
-            return self._around([float(gained[draw].mean()) for draw in self._draws])
+            low, high = self._around([float(gained[draw].mean()) for draw in self._draws])
+            return max(low, 0.0), min(high, 1.0)
         if self._reference_scores is None:
             self._reference_scores = [
                 self._metric(take(self._reference, d), take(self._targets, d)) for d in self._draws

@@ -38,7 +38,7 @@ def by_rung(run: Run) -> dict[str, list[Trial]]:
 
 
 def test_steps_of_the_rungs() -> None:
-    assert Steps.of(3200) == Steps(short=160, full=3200)
+    assert Steps.of(320) == Steps(short=40, full=320)
     assert Steps.of(40) == Steps(short=FEWEST_STEPS, full=40)
     assert Steps.of(10) == Steps(short=10, full=10)
     assert Steps.of(800).on("oneshot") == 0

@@ -51,6 +51,18 @@ def test_the_reference_itself_has_no_interval_around_its_score() -> None:
     assert made.reason is None
 
 
+def test_a_share_of_hits_is_at_most_all_of_them() -> None:
+    def hits(logits: Any, labels: Any) -> Any:
+        return (logits.argmax(1) == labels).astype(np.float64)
+
+    few, none = outputs(2), outputs(0)
+    beyond = PairedBootstrap(top1, few, LABELS, len(LABELS)).interval(none)
+    within = PairedBootstrap(top1, few, LABELS, len(LABELS), hits).interval(none)
+    assert beyond is not None
+    assert beyond[1] > 1
+    assert within == (beyond[0], 1.0)
+
+
 @pytest.mark.parametrize("wrong", [40, 60, 120])
 def test_interval_holds_the_score(wrong: int) -> None:
     low, high = PairedBootstrap(top1, outputs(40), LABELS, len(LABELS)).interval(outputs(wrong)) or (0, 0)
