@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from autocompress.run import Run, open_run
     from autocompress.task import Task
 
-__version__ = "0.4.2"
+__version__ = "0.4.3"
 
 _HOMES = {
     "Run": "autocompress.run",
