@@ -40,7 +40,7 @@ $(VENV)/torch.stamp: constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
-	$(PIP) -e '.[search,onnxruntime,digits]'
+	$(PIP) -e '.[search,onnxruntime,digits,report]'
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp

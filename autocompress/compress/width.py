@@ -109,10 +109,10 @@ def channel_groups(model: nn.Module, call: Call, allowed: Collection[str]) -> tu
         graph = tp.DependencyGraph().build_dependency(
             model, example_inputs=None, forward_fn=lambda m, _: call(m), verbose=False
         )
-        found = list(graph.get_all_groups(root_module_types=[nn.Conv1d, nn.Conv2d, nn.Linear]))
     except Exception as error:  # whatever a traced user model raises: widths stay, the search goes on
         return [], {"(all widths)": f"the dependency graph could not be built: {type(error).__name__}: {error}"}
-    groups, refused = [], {}
+    found, refused = _followed(graph, names)
+    groups = []
     with torch.no_grad():
         expected = _flat(call(model.requires_grad_(False)))
     for raw in found:
@@ -129,6 +129,29 @@ def channel_groups(model: nn.Module, call: Call, allowed: Collection[str]) -> tu
         else:
             groups.append(group)
     return groups, refused
+
+
+def _followed(graph: Any, names: Mapping[nn.Module, str]) -> tuple[list[Any], dict[str, str]]:
+    """Groups as the graph has them; and the first layers of those through which it cannot follow its channels.
+
+    Its own `get_all_groups` ends with the first such group, as one behind a GRU is.
+    """
+    found, refused, seen = [], {}, set[nn.Module]()
+    for module in list(graph.module2node):
+        if module in seen or not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+            continue
+        pruner = graph.get_pruner_of_module(module)
+        try:
+            raw = graph.get_pruning_group(
+                module, pruner.prune_out_channels, list(range(pruner.get_out_channels(module)))
+            )
+        except Exception as error:  # whatever the graph makes of a user's operations: this width stays
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            refused[names[module]] = f"width kept: its channels could not be followed ({reason})"
+            continue
+        seen.update(i.dep.target.module for i in raw if graph.is_out_channel_pruning_fn(i.dep.handler))
+        found.append(raw)
+    return found, refused
 
 
 def _is_weighted(model: nn.Module, name: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from autocompress.compress.recover import outputs_of
-from autocompress.compress.width import ChannelGroup, cut_widths
+from autocompress.compress.width import ChannelGroup, channel_groups, cut_widths
 from autocompress.core.errors import StageError
 from tests.compress.conftest import Described, same, state_of
 from tests.nets import CASES
@@ -133,3 +133,32 @@ def test_structure_lists_groups_with_the_step_their_widths_must_have(described: 
         assert len(group.order) == group.width // group.partitions
         assert value.name in value.layers
         assert math.gcd(value.width, value.step) == value.step
+
+
+class Recurrent(nn.Module):
+    """Convolutions before a GRU, layers behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 16, 3, padding=1), nn.Conv1d(16, 12, 3, padding=1)
+        self.gru = nn.GRU(12, 20, batch_first=True)
+        self.third, self.last = nn.Linear(20, 24), nn.Linear(24, 2)
+
+    def forward(self, waves: torch.Tensor) -> torch.Tensor:
+        states, _ = self.gru(self.second(self.first(waves).relu()).relu().transpose(1, 2))
+        out: torch.Tensor = self.last(self.third(states[:, -1]).relu())
+        return out
+
+
+def test_a_group_that_cannot_be_followed_keeps_its_width_and_no_other_does() -> None:
+    torch.manual_seed(0)
+    net, waves = Recurrent().eval(), torch.randn(2, 3, 10)
+    layers = ("first", "second", "third", "last")
+    groups, refused = channel_groups(net, lambda model: model(waves), layers)
+    assert {group.name for group in groups} == {"first", "third"}
+    assert refused["second"].startswith("width kept: ")
+    assert "(all widths)" not in refused
+    widths = {"first": 8, "third": 12}
+    cut = cut_widths(net, groups, widths)
+    assert (cut.second.in_channels, cut.last.in_features) == (8, 12)
+    assert cut(waves).shape == (2, 2)
